@@ -1,0 +1,37 @@
+"""Whole files or none, and errors for the person reading them."""
+
+import contextlib
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import BinaryIO
+
+
+class Problem(Exception):
+    """Something the user can put right. Its text is one line: the file, row, run or value, and what to do."""
+
+
+def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """Write a file through `write(open file)` so that `path` only ever holds a complete one.
+
+    Raises Problem, and leaves neither `path` nor a fragment of it, when the disk is full or the folder cannot be written.
+    """
+    fragment = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with fragment.open("wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        fragment.replace(path)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            fragment.unlink(missing_ok=True)
+        # Writers such as torch.save and zipfile wrap or replace the OSError of a full disk: look for it underneath.
+        cause = error
+        while cause is not None and not isinstance(cause, OSError):
+            cause = cause.__cause__ or cause.__context__
+        if cause is not None and isinstance(error, Exception):
+            reason = cause.strerror or cause
+            raise Problem(f"{path}: cannot be written ({reason}); nothing finished is lost, run again") from error
+        raise

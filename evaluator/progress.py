@@ -1,0 +1,25 @@
+"""Progress with the remaining time: a bar on a terminal, plain lines elsewhere."""
+
+import sys
+
+from tqdm import tqdm
+
+SECONDS_BETWEEN_LINES = 10
+
+
+class _Lines(tqdm):
+    """tqdm's text as lines of their own, without control characters."""
+
+    def display(self, msg=None, pos=None):
+        print(str(self) if msg is None else msg, file=sys.stderr, flush=True)
+
+    def close(self):
+        if not self.disable and self.n == self.total:
+            self.display()
+        self.disable = True
+
+
+def progress(what: str, total: int, unit: str) -> tqdm:
+    if sys.stderr.isatty():
+        return tqdm(desc=what, total=total, unit=unit, smoothing=0.05, dynamic_ncols=True)
+    return _Lines(desc=what, total=total, unit=unit, smoothing=0.05, mininterval=SECONDS_BETWEEN_LINES, ncols=100)

@@ -1,0 +1,185 @@
+"""Recipes: how the original and the retrained networks are trained, and what is asked of a trained network."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from evaluator.data import Data, Examples, Loader
+from evaluator.ensemble import Ensemble
+from evaluator.files import Problem
+from evaluator.metric import logit_scaled_confidence
+from evaluator.models import initialise, load_network, resnet18, save_network
+
+ORIGINAL_SEED = 0
+RETAIN_CONFIDENCES = 1000  # how many retain examples' confidences are kept of a run, at most
+IMAGES_AT_ONCE = 2048  # when networks are only asked, not trained
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a network is trained; the defaults are the competition's (CASIA-SURF, 98.98% train, 96.43% test accuracy)."""
+
+    width: int = 64  # channels of the first stage
+    small_images: bool = False  # 3x3 stem without max-pooling
+    epochs: int = 30
+    batch_size: int = 64  # also of the loaders that a method gets
+    optimizer: str = "adam"  # or "sgd", with momentum 0.9 and Nesterov's look-ahead
+    learning_rate: float = 1e-4
+    weight_decay: float = 5e-3
+    schedule: str = "cosine"  # or "one_cycle": a fifth of the steps up, the rest down, both linear
+    class_weighted: bool = True  # weight a class by 1 / its count
+    networks_at_once: int = 16  # K, the runs that share an ensemble; part of the result, to the last bit
+
+    @classmethod
+    def of(cls, data: Data) -> "Recipe":
+        """The recipe of a data folder. Raises Problem when dataset.json names an unknown field or value."""
+        try:
+            recipe = cls(**data.recipe)
+        except TypeError as error:
+            raise Problem(f"{data.folder / 'dataset.json'}: recipe: {str(error).split('() ')[-1]}") from error
+        for field, allowed in (("optimizer", ("adam", "sgd")), ("schedule", ("cosine", "one_cycle"))):
+            if getattr(recipe, field) not in allowed:
+                raise Problem(
+                    f"{data.folder / 'dataset.json'}: recipe: {field} is {getattr(recipe, field)!r}, it must be one of {allowed}"
+                )
+        return recipe
+
+    def network(self, classes: int) -> nn.Module:
+        return resnet18(classes, self.width, self.small_images)
+
+
+def generators(seeds: Sequence[int], device: torch.device | str) -> list[torch.Generator]:
+    return [torch.Generator(device).manual_seed(seed) for seed in seeds]
+
+
+def train(
+    net: nn.Module, examples: Examples, recipe: Recipe, class_counts: Tensor, sources: list[torch.Generator], progress=None
+) -> None:
+    """Train a network, or an ensemble with one of `sources` a member, in place from its present weights.
+
+    progress: called after each step with (steps done, steps in all); training ends early when it returns True.
+    """
+    loader = Loader(examples, recipe.batch_size, sources)
+    steps = recipe.epochs * len(loader)
+    if recipe.optimizer == "adam":
+        optimizer = torch.optim.Adam(
+            net.parameters(), recipe.learning_rate, weight_decay=recipe.weight_decay, fused=True
+        )
+    else:
+        optimizer = torch.optim.SGD(
+            net.parameters(), recipe.learning_rate, 0.9, weight_decay=recipe.weight_decay, nesterov=True, fused=True
+        )
+    if recipe.schedule == "cosine":
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    else:
+        schedule = torch.optim.lr_scheduler.OneCycleLR(
+            optimizer, recipe.learning_rate, steps + 1, pct_start=0.2, anneal_strategy="linear", cycle_momentum=False
+        )
+    weight = 1 / class_counts.clamp(min=1) if recipe.class_weighted else None
+    net.train()
+    done = 0
+    for _ in range(recipe.epochs):
+        for batch in loader:
+            images, labels = batch["image"], batch["age_group"]
+            if len(labels) == len(sources):  # a last batch of one image: batch norm has nothing to average
+                continue
+            optimizer.zero_grad()
+            _mean_loss(net(images), labels, weight, len(sources)).backward()
+            optimizer.step()
+            schedule.step()
+            done += 1
+            if progress and progress(done, steps):
+                return
+    net.eval()
+
+
+def _mean_loss(logits: Tensor, labels: Tensor, weight: Tensor | None, members: int) -> Tensor:
+    """Cross-entropy, averaged over each member's batch and over members; with weights each member's mean is its own."""
+    losses = F.cross_entropy(logits, labels, weight, reduction="none")
+    if weight is None:
+        return losses.mean()
+    return (losses.view(members, -1).sum(1) / weight[labels].view(members, -1).sum(1)).mean()
+
+
+def original_network(data: Data, recipe: Recipe) -> nn.Module:
+    """The network to unlearn from: `original_model.pth` of the data folder, trained into it when it is not there."""
+    path = data.folder / "original_model.pth"
+    net = recipe.network(data.classes).to(data.retain.images.device)
+    if path.exists():
+        load_network(net, path)
+    else:
+        (source,) = generators([ORIGINAL_SEED], data.retain.images.device)
+        initialise(net, source)
+        with one_thread():
+            train(net, data.train, recipe, data.class_counts, [source])
+        save_network(net, path)
+    return net.eval()
+
+
+def retrain(data: Data, recipe: Recipe, seeds: Sequence[int]) -> Ensemble:
+    """Networks trained on the retain set alone, each with its own initialisation and data order."""
+    device = data.retain.images.device
+    sources = generators(seeds, device)
+    ensemble = Ensemble(recipe.network(data.classes).to(device), len(seeds), sources)
+    for member, source in zip(ensemble.members, sources, strict=True):
+        initialise(member, source)
+    train(ensemble, data.retain, recipe, data.class_counts, sources)
+    return ensemble
+
+
+def seconds_of_retraining(data: Data, recipe: Recipe, at_most: float = 10.0) -> float:
+    """Seconds that one retraining takes alone on one thread; after `at_most` seconds the rest is extrapolated."""
+    device = data.retain.images.device
+    net, sources = recipe.network(data.classes).to(device), generators([0], device)
+    start, fraction = time.perf_counter(), 1.0
+
+    def enough(done: int, steps: int) -> bool:
+        nonlocal fraction
+        fraction = done / steps
+        return time.perf_counter() - start > at_most
+
+    train(net, data.retain, recipe, data.class_counts, sources, enough)
+    return (time.perf_counter() - start) / fraction
+
+
+@torch.inference_mode()
+def answers(net: nn.Module, data: Data) -> dict[str, np.ndarray]:
+    """What a pool keeps of each network, K members first: forget_logits [K, forget, classes] and retain_confidences
+    [K, at most 1000] in float32; ra, va, ta (accuracy on retain, validation and test) [K] in float64."""
+    net.eval()
+    retain = _logits(net, data.retain)
+    kept = torch.linspace(0, len(data.retain) - 1, min(RETAIN_CONFIDENCES, len(data.retain))).round().long()
+    kept = kept.to(retain.device)
+    confidences = logit_scaled_confidence(retain[:, kept], data.retain.age_group[kept])
+    values = {"forget_logits": _logits(net, data.forget), "retain_confidences": confidences.float()}
+    held_out = _logits(net, data.held_out)
+    for name, logits, examples in (
+        ("ra", retain, data.retain),
+        ("va", _logits(net, data.validation), data.validation),
+        ("ta", held_out, data.held_out),
+    ):
+        values[name] = (logits.argmax(-1) == examples.age_group).double().mean(1)
+    return {name: value.cpu().numpy() for name, value in values.items()}
+
+
+def _logits(net: nn.Module, examples: Examples) -> Tensor:
+    """[K, examples, classes]; the members of an ensemble are all asked about the same images."""
+    size = len(net.members) if isinstance(net, Ensemble) else 1
+    parts = examples.images.split(max(1, IMAGES_AT_ONCE // size))
+    return torch.cat([net(part.float().repeat(size, 1, 1, 1)).unflatten(0, (size, -1)) for part in parts], dim=1)
+
+
+class one_thread:
+    """Within it torch uses one thread on the CPU, as in every worker: results do not depend on the number of cores."""
+
+    def __enter__(self):
+        self.threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+
+    def __exit__(self, *_):
+        torch.set_num_threads(self.threads)

@@ -1,0 +1,203 @@
+"""Forget some training images without looking at them: the method of Ahn, Lee, Bae, Yim and Jung, 8th of 1,188 teams in
+the NeurIPS 2023 Machine Unlearning Challenge (0.0939 ± 0.0065 and 0.0929 ± 0.0051 with their algorithms 1 and 2).
+
+In each forget-remember cycle a few randomly chosen layers are re-initialised, and the network is then brought back to
+the original's outputs on the retain set alone, under a little Gaussian noise. What was stored about the forget set alone
+is not brought back, and as every run breaks other layers, 512 runs give 512 different networks, as 512 retrainings would.
+
+This file is the whole submission: copy it into a notebook and call `unlearning(net, retain_loader, forget_loader,
+val_loader)`. `net` may also be an ensemble, an object with K `members` trained as one (the kit's evaluator makes them).
+"""
+
+import copy
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+ENSEMBLE = True  # K networks trained as one give what each gives alone
+
+
+@dataclass(frozen=True)
+class Config:
+    """Algorithm 1 as published; what was not published is marked (our choice)."""
+
+    # Forget: what is re-initialised at the start of each cycle.
+    tensors: int = 6  # parameter tensors drawn from the pool, with replacement: about 10% of a ResNet-18's 62
+    exclude: tuple[str, ...] = ("fc", "downsample")  # keep these: class and resolution information
+    norm_layers: bool = True  # weights and biases of batch norm are in the pool (our choice: 6 is 10% only with them)
+    choose: str = "random"  # "fisher": the tensors that matter most to the forget set, the same in every run
+    unit: str = "tensor"  # "element": single weights, as many as the drawn tensors would hold on average
+
+    # Remember: how the retain set is learnt again.
+    epochs: tuple[float, ...] = (1, 2, 2)  # one entry per cycle, parts of an epoch allowed
+    learning_rates: tuple[float, ...] = (1e-3,)  # one per epoch over all cycles; the last one stays
+    cosine_epochs: float = 2  # half a cosine's length, in epochs, from the learning rate to 0; 0: none
+    restart: bool = True  # the cosine starts again in each cycle (our choice: else its third epoch has rate 0)
+    every_step: bool = False  # the cosine falls with each step (our choice: with each epoch)
+    loss: str = "mse"  # knowledge preserving: "mse" or "l1" to the original's logits; "ce": the labels
+    momentum: float = 0.9  # (our choice, the starting kit's)
+    weight_decay: float = 5e-4  # (our choice, the starting kit's)
+
+    # Inputs.
+    noise: float = 0.01  # standard deviation of the Gaussian noise, in units of the data's range
+    data_range: float = 255  # the competition's images are 0..255, not normalised
+    augment: str = ""  # tried and found harmful by the authors: "flip" (vertical), "crop", "cutout"
+
+
+PRESETS = {
+    "algorithm_1": Config(),
+    "algorithm_2": Config(epochs=(2, 1, 1, 1), learning_rates=(5e-4, 1e-3, 1e-3, 1e-3, 1e-3), cosine_epochs=0),
+}
+
+
+def unlearning(net, retain_loader, forget_loader, val_loader, config: Config = Config()) -> None:
+    """Unlearn in place. The forget set is read only with choose="fisher", the validation set never.
+
+    net: a torchvision-style ResNet returning logits [images, classes]; batches are dicts with `image` [images, 3, H, W]
+    and `age_group` [images]. Leaves the network in evaluation mode.
+    """
+    members = getattr(net, "members", [net])  # K networks trained as one, or the one there is
+    generators = getattr(net, "generators", [None])  # where each draws its randomness; None: torch's global generator
+    teacher = copy.deepcopy(members[0]).eval()  # every member starts as the original
+    scores = fisher_information(teacher, forget_loader) if config.choose == "fisher" else None
+    teacher.requires_grad_(False)
+
+    epochs_before = 0.0
+    for epochs in config.epochs:
+        for member, generator in zip(members, generators):
+            forget(member, config, generator, scores)
+        # A fresh optimizer: the momentum of what was just re-initialised means nothing any more.
+        optimizer = torch.optim.SGD(
+            net.parameters(), lr=config.learning_rates[0], momentum=config.momentum, weight_decay=config.weight_decay, fused=True
+        )
+        net.train()
+        for epoch, batch in batches(retain_loader, epochs):
+            optimizer.param_groups[0]["lr"] = learning_rate(config, epochs_before + epoch, epoch)
+            device = next(net.parameters()).device
+            images = batch["image"].to(device)
+            images = perturb(images, config, generators)
+            logits = net(images)
+            if config.loss == "ce":
+                loss = F.cross_entropy(logits, batch["age_group"].to(device))
+            else:
+                with torch.no_grad():
+                    target = teacher(images)
+                loss = {"mse": F.mse_loss, "l1": F.l1_loss}[config.loss](logits, target)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        epochs_before += epochs
+    net.eval()
+
+
+def batches(loader, epochs: float) -> Iterator[tuple[float, dict]]:
+    """(epochs done, batch) for a number of epochs that need not be whole."""
+    steps, done = round(epochs * len(loader)), 0
+    while done < steps:
+        for batch in loader:
+            if done == steps:
+                return
+            yield done / len(loader), batch
+            done += 1
+
+
+def learning_rate(config: Config, epoch: float, epoch_of_cycle: float) -> float:
+    rate = config.learning_rates[min(int(epoch), len(config.learning_rates) - 1)]
+    if not config.cosine_epochs:
+        return rate
+    position = epoch_of_cycle if config.restart else epoch
+    position = position if config.every_step else math.floor(position)
+    return rate * (1 + math.cos(math.pi * position / config.cosine_epochs)) / 2
+
+
+def pool(net: nn.Module, config: Config) -> list[tuple[str, nn.Module, str]]:
+    """(layer's name, layer, "weight" or "bias") of every parameter tensor that may be re-initialised."""
+    return [
+        (layer_name, layer, name)
+        for layer_name, layer in net.named_modules()
+        for name, _ in layer.named_parameters(recurse=False)
+        if not any(word in layer_name for word in config.exclude)
+        and (config.norm_layers or not isinstance(layer, nn.BatchNorm2d))
+    ]
+
+
+@torch.no_grad()
+def forget(net: nn.Module, config: Config, generator: torch.Generator | None, scores: dict[str, float] | None) -> None:
+    """Re-initialise the chosen tensors of one network, or the chosen single weights, in place."""
+    candidates = pool(net, config)
+    if config.choose == "fisher":
+        chosen = sorted(candidates, key=lambda tensor: -scores[f"{tensor[0]}.{tensor[2]}"])[: config.tensors]
+    elif config.unit == "tensor":
+        where = generator.device if generator else "cpu"
+        drawn = torch.randint(len(candidates), (config.tensors,), generator=generator, device=where)
+        chosen = [candidates[index] for index in sorted(set(drawn.tolist()))]
+    else:
+        chosen = candidates
+    share = config.tensors / len(candidates) if config.unit == "element" and config.choose == "random" else 1
+    for _, layer, name in chosen:
+        tensor = getattr(layer, name)
+        fresh = initialised_like(tensor, layer, name, generator)
+        if share < 1:
+            drawn = torch.empty_like(tensor).uniform_(generator=generator) < share
+            fresh = torch.where(drawn, fresh, tensor)
+        tensor.copy_(fresh)
+
+
+def initialised_like(tensor: Tensor, layer: nn.Module, name: str, generator: torch.Generator | None) -> Tensor:
+    """A new value from the distribution torchvision's ResNet initialises this parameter from."""
+    fresh = torch.empty_like(tensor)
+    if isinstance(layer, nn.Conv2d) and name == "weight":
+        return nn.init.kaiming_normal_(fresh, mode="fan_out", nonlinearity="relu", generator=generator)
+    if isinstance(layer, nn.Linear):
+        bound = layer.in_features**-0.5
+        return fresh.uniform_(-bound, bound, generator=generator)
+    return fresh.fill_(1.0 if name == "weight" else 0.0)  # batch norm
+
+
+def fisher_information(net: nn.Module, forget_loader) -> dict[str, float]:
+    """Mean over each tensor of the Fisher information's diagonal: squared gradients of single forget examples."""
+    device = next(net.parameters()).device
+    total = {name: 0.0 for name, _ in net.named_parameters()}
+    for index in range(len(forget_loader.dataset)):
+        sample = forget_loader.dataset[index]
+        logits = net(sample["image"].unsqueeze(0).to(device))
+        net.zero_grad()
+        F.cross_entropy(logits, torch.tensor([int(sample["age_group"])], device=device)).backward()
+        for name, parameter in net.named_parameters():
+            total[name] += parameter.grad.square().mean().item()
+    return total
+
+
+def perturb(images: Tensor, config: Config, generators: list) -> Tensor:
+    """Gaussian noise on every image, after the augmentation if there is one; each member's part from its own generator."""
+    parts = []
+    for part, generator in zip(images.chunk(len(generators)), generators):
+        where = {"generator": generator, "device": part.device}
+        if config.augment == "flip":
+            part = torch.where(torch.rand(len(part), 1, 1, 1, **where) < 0.5, part.flip(2), part)
+        elif config.augment in ("crop", "cutout"):
+            part = cut(part, config.augment, where)
+        parts.append(part + config.noise * config.data_range * torch.randn(part.shape, **where) if config.noise else part)
+    return torch.cat(parts)
+
+
+def cut(images: Tensor, kind: str, where: dict) -> Tensor:
+    """"crop": shift by up to an eighth of the size, with black borders; "cutout": blacken a square of half the size."""
+    count, size = len(images), images.shape[-1]
+    grid = torch.arange(size, device=images.device)
+    corner = torch.rand(count, 2, **where)
+    if kind == "cutout":
+        start = (corner * (size // 2 + 1)).floor().unsqueeze(-1)  # [images, 2, 1]
+        inside = (grid >= start) & (grid < start + size // 2)  # [images, 2, size]
+        return images.masked_fill((inside[:, 0, :, None] & inside[:, 1, None, :]).unsqueeze(1), 0.0)
+    border = max(1, size // 8)
+    shift = (corner * (2 * border + 1)).floor().long()
+    rows, columns = (shift[:, axis, None] + grid for axis in (0, 1))  # [images, size]
+    padded = F.pad(images, (border,) * 4)
+    return padded[torch.arange(count, device=images.device)[:, None, None], :, rows[:, :, None], columns[:, None, :]].permute(
+        0, 3, 1, 2
+    )
