@@ -72,7 +72,11 @@ def unlearning(net, retain_loader, forget_loader, val_loader, config: Config = C
             forget(member, config, generator, scores)
         # A fresh optimizer: the momentum of what was just re-initialised means nothing any more.
         optimizer = torch.optim.SGD(
-            net.parameters(), lr=config.learning_rates[0], momentum=config.momentum, weight_decay=config.weight_decay, fused=True
+            net.parameters(),
+            lr=config.learning_rates[0],
+            momentum=config.momentum,
+            weight_decay=config.weight_decay,
+            fused=True,
         )
         net.train()
         for epoch, batch in batches(retain_loader, epochs):
@@ -186,7 +190,7 @@ def perturb(images: Tensor, config: Config, generators: list) -> Tensor:
 
 
 def cut(images: Tensor, kind: str, where: dict) -> Tensor:
-    """"crop": shift by up to an eighth of the size, with black borders; "cutout": blacken a square of half the size."""
+    """ "crop": shift by up to an eighth of the size, with black borders; "cutout": blacken a square of half the size."""
     count, size = len(images), images.shape[-1]
     grid = torch.arange(size, device=images.device)
     corner = torch.rand(count, 2, **where)
@@ -198,6 +202,6 @@ def cut(images: Tensor, kind: str, where: dict) -> Tensor:
     shift = (corner * (2 * border + 1)).floor().long()
     rows, columns = (shift[:, axis, None] + grid for axis in (0, 1))  # [images, size]
     padded = F.pad(images, (border,) * 4)
-    return padded[torch.arange(count, device=images.device)[:, None, None], :, rows[:, :, None], columns[:, None, :]].permute(
-        0, 3, 1, 2
-    )
+    return padded[
+        torch.arange(count, device=images.device)[:, None, None], :, rows[:, :, None], columns[:, None, :]
+    ].permute(0, 3, 1, 2)

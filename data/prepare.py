@@ -27,8 +27,8 @@ FORGET_WRITER = {"public": 3, "private": 12}
 RECIPE = {
     "width": 4,
     "small_images": True,
-    "epochs": 12,
-    "batch_size": 64,
+    "epochs": 8,
+    "batch_size": 32,
     "optimizer": "sgd",
     "learning_rate": 0.1,
     "weight_decay": 5e-4,
@@ -54,7 +54,9 @@ def prepare_digits(folder: Path, writers: dict[str, int] = FORGET_WRITER, recipe
     for image_id, image in zip(table.image_id, digits.images, strict=False):
         grey = torch.from_numpy(np.round(image * (255 / 16)).astype(np.uint8))
         png = encode_png(grey.expand(3, -1, -1).contiguous())
-        write_atomically(folder / "images" / f"{image_id.replace('-', '/')}.png", lambda file, png=png: file.write(bytes(png)))
+        write_atomically(
+            folder / "images" / f"{image_id.replace('-', '/')}.png", lambda file, png=png: file.write(bytes(png))
+        )
 
     order = np.random.RandomState(SEED).permutation(rows)
     tenth = rows // 10

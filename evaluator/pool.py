@@ -44,5 +44,7 @@ class Pool:
                 with np.load(self.path(run), allow_pickle=False) as file:
                     kept.append({name: file[name] for name in file.files})
             except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
-                raise Problem(f"{self.path(run)}: cut off or damaged; delete it and run again to redo this run alone") from error
+                raise Problem(
+                    f"{self.path(run)}: cut off or damaged; delete it and run again to redo this run alone"
+                ) from error
         return {name: torch.from_numpy(np.stack([values[name] for values in kept])) for name in kept[0]}

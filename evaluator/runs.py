@@ -133,7 +133,9 @@ def retrained_pool(setting: Setting, data: Data, recipe: Recipe, runs: int, kind
     made_from = {"kind": kind, "data": data.digest, "recipe": dataclasses.asdict(recipe), "format": 1}
     pool = Pool(setting.results_of(data, kind), made_from)
     tasks = _blocks(pool, runs, recipe.networks_at_once)
-    _work_through(setting, pool, runs, kind.replace("_", " "), tasks, functools.partial(_retrain, setting, pool, recipe, kind))
+    _work_through(
+        setting, pool, runs, kind.replace("_", " "), tasks, functools.partial(_retrain, setting, pool, recipe, kind)
+    )
     return pool
 
 

@@ -67,9 +67,7 @@ def train(
     loader = Loader(examples, recipe.batch_size, sources)
     steps = recipe.epochs * len(loader)
     if recipe.optimizer == "adam":
-        optimizer = torch.optim.Adam(
-            net.parameters(), recipe.learning_rate, weight_decay=recipe.weight_decay, fused=True
-        )
+        optimizer = torch.optim.Adam(net.parameters(), recipe.learning_rate, weight_decay=recipe.weight_decay, fused=True)
     else:
         optimizer = torch.optim.SGD(
             net.parameters(), recipe.learning_rate, 0.9, weight_decay=recipe.weight_decay, nesterov=True, fused=True
