@@ -9,6 +9,7 @@ epsilon, its (N+1) x (N+1) possible values are computed once.
 """
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -40,10 +41,11 @@ def logit_scaled_confidence(logits: Tensor, targets: Tensor) -> Tensor:
     return (right + TINY).log() - (wrong + TINY).log()
 
 
-def epsilons(unlearned: Tensor, retrained: Tensor) -> Tensor:
+def epsilons(unlearned: Tensor, retrained: Tensor, on_progress: Callable[[int], object] = lambda examples: None) -> Tensor:
     """How well the best attack tells unlearned from retrained networks, for each forget example.
 
     unlearned, retrained: confidences [runs, examples], of the same shape, at least 2 runs.
+    on_progress: called now and then with the number of examples done since the last call.
     Returns [examples], within [0, 50].
     Raises ValueError when the shapes do not fit, a confidence is not finite, or no threshold of an example survives.
     """
@@ -64,12 +66,11 @@ def epsilons(unlearned: Tensor, retrained: Tensor) -> Tensor:
     table = _epsilon_table(runs).to(unlearned.device)
     unlearned = unlearned.double().T.contiguous().sort().values  # [examples, runs]
     retrained = retrained.double().T.contiguous().sort().values
-    found = torch.cat(
-        [
-            torch.maximum(_single_threshold(u, r, table), _interval(u, r, table))
-            for u, r in zip(unlearned.split(EXAMPLES_AT_ONCE), retrained.split(EXAMPLES_AT_ONCE), strict=True)
-        ]
-    )
+    parts = []
+    for ours, theirs in zip(unlearned.split(EXAMPLES_AT_ONCE), retrained.split(EXAMPLES_AT_ONCE), strict=True):
+        parts.append(torch.maximum(_single_threshold(ours, theirs, table), _interval(ours, theirs, table)))
+        on_progress(len(ours))
+    found = torch.cat(parts)
     ranges = torch.stack([unlearned[:, -1] - unlearned[:, 0], retrained[:, -1] - retrained[:, 0]])
     told_apart = ranges.amin(0) / ranges.amax(0) < SMALLEST_RANGE_RATIO  # 0/0 is not
     found = torch.where(told_apart, LARGEST_EPSILON, found)

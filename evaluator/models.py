@@ -50,7 +50,7 @@ def save_network(net: nn.Module, path: Path) -> None:
 
 
 def load_network(net: nn.Module, path: Path) -> None:
-    """Read a state dict (float16 or float32) into `net`. Raises Problem naming the file, and the tensor that does not fit."""
+    """Read a state dict (float16 or float32) into `net`. Raises Problem naming the file and the tensor that does not fit."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load has no error of its own: a cut-off or foreign file raises any of many types

@@ -1,7 +1,7 @@
 """Recipes: how the original and the retrained networks are trained, and what is asked of a trained network."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,6 +14,7 @@ from evaluator.ensemble import Ensemble
 from evaluator.files import Problem
 from evaluator.metric import logit_scaled_confidence
 from evaluator.models import initialise, load_network, resnet18, save_network
+from evaluator.progress import progress
 
 ORIGINAL_SEED = 0
 RETAIN_CONFIDENCES = 1000  # how many retain examples' confidences are kept of a run, at most
@@ -58,11 +59,11 @@ def generators(seeds: Sequence[int], device: torch.device | str) -> list[torch.G
 
 
 def train(
-    net: nn.Module, examples: Examples, recipe: Recipe, class_counts: Tensor, sources: list[torch.Generator], progress=None
-) -> None:
+    net: nn.Module, examples: Examples, recipe: Recipe, class_counts: Tensor, sources: list[torch.Generator]
+) -> Iterator[tuple[int, int]]:
     """Train a network, or an ensemble with one of `sources` a member, in place from its present weights.
 
-    progress: called after each step with (steps done, steps in all); training ends early when it returns True.
+    A generator: yields (steps done, steps in all) after each step, so that the caller can show or end the training.
     """
     loader = Loader(examples, recipe.batch_size, sources)
     steps = recipe.epochs * len(loader)
@@ -79,20 +80,18 @@ def train(
             optimizer, recipe.learning_rate, steps + 1, pct_start=0.2, anneal_strategy="linear", cycle_momentum=False
         )
     weight = 1 / class_counts.clamp(min=1) if recipe.class_weighted else None
-    net.train()
     done = 0
+    net.train()
     for _ in range(recipe.epochs):
         for batch in loader:
-            images, labels = batch["image"], batch["age_group"]
-            if len(labels) == len(sources):  # a last batch of one image: batch norm has nothing to average
-                continue
-            optimizer.zero_grad()
-            _mean_loss(net(images), labels, weight, len(sources)).backward()
-            optimizer.step()
-            schedule.step()
             done += 1
-            if progress and progress(done, steps):
-                return
+            # A last batch of one image is left out: batch norm has nothing to average over.
+            if len(batch["image"]) > len(sources):
+                optimizer.zero_grad()
+                _mean_loss(net(batch["image"]), batch["age_group"], weight, len(sources)).backward()
+                optimizer.step()
+            schedule.step()
+            yield done, steps
     net.eval()
 
 
@@ -113,8 +112,10 @@ def original_network(data: Data, recipe: Recipe) -> nn.Module:
     else:
         (source,) = generators([ORIGINAL_SEED], data.retain.images.device)
         initialise(net, source)
-        with one_thread():
-            train(net, data.train, recipe, data.class_counts, [source])
+        with one_thread(), progress("original", recipe.epochs, "epoch") as bar:
+            for done, steps in train(net, data.train, recipe, data.class_counts, [source]):
+                if done * recipe.epochs % steps == 0:
+                    bar.update()
         save_network(net, path)
     return net.eval()
 
@@ -126,23 +127,25 @@ def retrain(data: Data, recipe: Recipe, seeds: Sequence[int]) -> Ensemble:
     ensemble = Ensemble(recipe.network(data.classes).to(device), len(seeds), sources)
     for member, source in zip(ensemble.members, sources, strict=True):
         initialise(member, source)
-    train(ensemble, data.retain, recipe, data.class_counts, sources)
+    for _ in train(ensemble, data.retain, recipe, data.class_counts, sources):
+        pass
     return ensemble
 
 
 def seconds_of_retraining(data: Data, recipe: Recipe, at_most: float = 10.0) -> float:
-    """Seconds that one retraining takes alone on one thread; after `at_most` seconds the rest is extrapolated."""
+    """Seconds that one retraining takes alone on one thread; what is left after `at_most` seconds is extrapolated."""
     device = data.retain.images.device
     net, sources = recipe.network(data.classes).to(device), generators([0], device)
-    start, fraction = time.perf_counter(), 1.0
-
-    def enough(done: int, steps: int) -> bool:
-        nonlocal fraction
-        fraction = done / steps
-        return time.perf_counter() - start > at_most
-
-    train(net, data.retain, recipe, data.class_counts, sources, enough)
-    return (time.perf_counter() - start) / fraction
+    with one_thread(), progress("one retraining", recipe.epochs, "epoch") as bar:
+        start = time.perf_counter()
+        for done, steps in train(net, data.retain, recipe, data.class_counts, sources):
+            if done * recipe.epochs % steps == 0:
+                bar.update()
+            if time.perf_counter() - start > at_most:
+                break
+        if data.retain.images.is_cuda:
+            torch.cuda.synchronize()
+        return (time.perf_counter() - start) * steps / done
 
 
 @torch.inference_mode()
