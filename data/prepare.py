@@ -18,7 +18,7 @@ from sklearn.datasets import load_digits
 from torchvision.io import encode_png
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from evaluator.files import Problem, write_atomically  # noqa: E402
+from evaluator.files import Problem, write_atomically
 
 WRITERS = 13
 SEED = 43  # of the shuffle before the 80/10/10 split, as in the competition

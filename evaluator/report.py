@@ -86,11 +86,8 @@ def estimated_ceiling(retrained: dict[str, Tensor], data: Data, seed: int = 0) -
 
 
 def versions() -> dict[str, str]:
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "processor": torch.backends.cpu.get_cpu_capability(),
-    }
+    processor = torch.backends.cpu.get_cpu_capability()
+    return {"python": platform.python_version(), "torch": torch.__version__, "processor": processor}
 
 
 def write_json(path: Path, content: dict) -> None:
