@@ -11,12 +11,11 @@ class _Lines(tqdm):
     """tqdm's text as lines of their own, without control characters."""
 
     def display(self, msg=None, pos=None):
-        print(str(self) if msg is None else msg, file=sys.stderr, flush=True)
+        if self.n:
+            print(self, file=sys.stderr, flush=True)
 
     def close(self):
-        if not self.disable and self.n == self.total:
-            self.display()
-        self.disable = True
+        self.disable = True  # without the closing line: whoever asked prints what came of it
 
 
 def progress(what: str, total: int, unit: str) -> tqdm:

@@ -16,7 +16,6 @@ from torch import Tensor
 from evaluator.data import Data
 from evaluator.files import Problem, write_atomically
 from evaluator.metric import BIN_WIDTH, competition_score, epsilons, forgetting_quality, logit_scaled_confidence
-from evaluator.pool import Pool
 from evaluator.progress import progress
 
 COST_LIMIT = 0.2  # of a retraining, what the competition allows one run
@@ -142,9 +141,9 @@ def epsilon_histogram(epsilon: np.ndarray, runs: int) -> Figure:
     bars = axes.bar((np.arange(bins + 1) + 0.5) * BIN_WIDTH, counts, width=0.9 * BIN_WIDTH, color=colours)
     labels = ["1", *(f"1/{2**n}" for n in range(1, bins)), "0"]
     axes.bar_label(bars, labels, fontsize=6, padding=2, color="#555555", rotation=0 if bins < 10 else 45)
-    ticks = np.arange(0, bins * BIN_WIDTH + BIN_WIDTH / 2, 1)
-    axes.set_xticks([*ticks, (bins + 0.5) * BIN_WIDTH], [*(f"{tick:g}" for tick in ticks), "\nbeyond,\nup to 50"])
-    quality = forgetting_quality(torch.from_numpy(epsilon), runs)
+    ticks = np.arange(0, bins * BIN_WIDTH, 1)
+    axes.set_xticks([*ticks, (bins + 0.5) * BIN_WIDTH], [*(f"{tick:g}" for tick in ticks), "beyond,\nup to 50"])
+    quality = forgetting_quality(torch.tensor(epsilon), runs)
     axes.set(
         title=f"{len(epsilon)} forget examples, F = {quality:.4f}",
         xlabel="epsilon of the best attack (above each bar: what its bin earns)",
@@ -175,7 +174,8 @@ def score_table(summaries: list[dict], ceiling: dict) -> pd.DataFrame:
             "cost of a retraining": "" if cost is None else f"{cost:.0%}" + (" (over 20%)" if cost > COST_LIMIT else ""),
         }
 
-    return pd.DataFrame([row(summary) for summary in [*summaries, ceiling]])
+    table = pd.DataFrame([row(summary) for summary in [*summaries, ceiling]])
+    return table.assign(method=table.method.str.ljust(table.method.str.len().max()))
 
 
 def write_page(folder: Path, title: str, table: pd.DataFrame, methods: list[str]) -> Path:
@@ -191,9 +191,8 @@ def write_page(folder: Path, title: str, table: pd.DataFrame, methods: list[str]
         for name in FIGURES:
             encoded = base64.b64encode((folder / method / name).read_bytes()).decode()
             parts.append(f'<img alt="{html.escape(method)}: {name[:-4]}" src="data:image/png;base64,{encoded}">')
-    page = f'<!doctype html><meta charset="utf-8"><title>{html.escape(title)}</title><style>{style}</style>' + "\n".join(
-        parts
-    )
+    head = f'<!doctype html><meta charset="utf-8"><title>{html.escape(title)}</title><style>{style}</style>'
+    page = "\n".join([head, *parts])
     write_atomically(folder / "report.html", lambda file: file.write(page.encode()))
     return folder / "report.html"
 
@@ -204,7 +203,3 @@ def read_json(path: Path) -> dict | None:
         return json.loads(path.read_text())
     except (OSError, ValueError):
         return None
-
-
-def pool_key(pool: Pool) -> str:
-    return pool.folder.name

@@ -44,10 +44,9 @@ class Recipe:
         except TypeError as error:
             raise Problem(f"{data.folder / 'dataset.json'}: recipe: {str(error).split('() ')[-1]}") from error
         for field, allowed in (("optimizer", ("adam", "sgd")), ("schedule", ("cosine", "one_cycle"))):
-            if getattr(recipe, field) not in allowed:
-                raise Problem(
-                    f"{data.folder / 'dataset.json'}: recipe: {field} is {getattr(recipe, field)!r}, it must be one of {allowed}"
-                )
+            value = getattr(recipe, field)
+            if value not in allowed:
+                raise Problem(f"{data.folder / 'dataset.json'}: recipe: {field} is {value!r}, it must be one of {allowed}")
         return recipe
 
     def network(self, classes: int) -> nn.Module:
