@@ -1,17 +1,21 @@
 """NegGrad: gradient ascent on the forget set. Published score: 0.0001 ± 0.0001."""
 
 from dataclasses import dataclass
+from itertools import chain, islice, repeat
+from typing import Annotated
 
 import torch
 from torch.nn import functional as F
 
-ENSEMBLE = True
+ENSEMBLE = True  # K networks trained as one give what each gives alone
 
 
 @dataclass(frozen=True)
 class Config:
-    epochs: int = 1  # over the forget set
-    learning_rate: float = 1e-3
+    """Published values; in brackets, what tuning may try (linear, or "log")."""
+
+    epochs: Annotated[float, (0.25, 5.0)] = 1  # over the forget set, parts allowed
+    learning_rate: Annotated[float, (1e-5, 1e-1, "log")] = 1e-3
     momentum: float = 0.9
     weight_decay: float = 5e-4
 
@@ -25,10 +29,9 @@ def unlearning(net, retain_loader, forget_loader, val_loader, config: Config = C
         net.parameters(), lr=config.learning_rate, momentum=config.momentum, weight_decay=config.weight_decay, fused=True
     )
     net.train()
-    for _ in range(config.epochs):
-        for batch in forget_loader:
-            loss = -F.cross_entropy(net(batch["image"].to(device)), batch["age_group"].to(device))
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
+    for batch in islice(chain.from_iterable(repeat(forget_loader)), max(1, round(config.epochs * len(forget_loader)))):
+        loss = -F.cross_entropy(net(batch["image"].to(device)), batch["age_group"].to(device))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
     net.eval()
