@@ -13,6 +13,7 @@ import copy
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from torch import Tensor, nn
@@ -23,19 +24,24 @@ ENSEMBLE = True  # K networks trained as one give what each gives alone
 
 @dataclass(frozen=True)
 class Config:
-    """Algorithm 1 as published; what was not published is marked (our choice)."""
+    """Algorithm 1 as published; what was not published is marked (our choice). In brackets: what tuning may try."""
 
     # Forget: what is re-initialised at the start of each cycle.
-    tensors: int = 6  # parameter tensors drawn from the pool, with replacement: about 10% of a ResNet-18's 62
+    tensors: Annotated[int, (2, 40)] = (
+        6  # parameter tensors drawn from the pool, with replacement: about 10% of a ResNet-18's 62
+    )
     exclude: tuple[str, ...] = ("fc", "downsample")  # keep these: class and resolution information
     norm_layers: bool = True  # weights and biases of batch norm are in the pool (our choice: 6 is 10% only with them)
     choose: str = "random"  # "fisher": the tensors that matter most to the forget set, the same in every run
     unit: str = "tensor"  # "element": single weights, as many as the drawn tensors would hold on average
 
     # Remember: how the retain set is learnt again.
-    epochs: tuple[float, ...] = (1, 2, 2)  # one entry per cycle, parts of an epoch allowed
-    learning_rates: tuple[float, ...] = (1e-3,)  # one per epoch over all cycles; the last one stays
-    cosine_epochs: float = 2  # half a cosine's length, in epochs, from the learning rate to 0; 0: none
+    # One entry per cycle, parts of an epoch allowed.
+    epochs: Annotated[tuple[float, ...], [(1.1,), (0.5, 0.6), (0.3, 0.4, 0.4), (0.2,) * 5, (1, 2, 2)]] = (1, 2, 2)
+    learning_rates: Annotated[tuple[float, ...], (1e-3, 1e-1, "log")] = (1e-3,)  # one per epoch, the last one stays
+    cosine_epochs: Annotated[float, (0.3, 2.0)] = (
+        2  # half a cosine's length, in epochs, from the learning rate to 0; 0: none
+    )
     restart: bool = True  # the cosine starts again in each cycle (our choice: else its third epoch has rate 0)
     every_step: bool = False  # the cosine falls with each step (our choice: with each epoch)
     loss: str = "mse"  # knowledge preserving: "mse" or "l1" to the original's logits; "ce": the labels
@@ -43,7 +49,7 @@ class Config:
     weight_decay: float = 5e-4  # (our choice, the starting kit's)
 
     # Inputs.
-    noise: float = 0.01  # standard deviation of the Gaussian noise, in units of the data's range
+    noise: Annotated[float, (0.0, 0.1)] = 0.01  # standard deviation of the Gaussian noise, in units of the data's range
     data_range: float = 255  # the competition's images are 0..255, not normalised
     augment: str = ""  # tried and found harmful by the authors: "flip" (vertical), "crop", "cutout"
 

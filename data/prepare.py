@@ -7,7 +7,6 @@ competition nobody is in both retain and forget.
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from sklearn.datasets import load_digits
 from torchvision.io import encode_png
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from evaluator.files import Problem, write_atomically
+from evaluator.files import Problem, write_atomically, write_json
 
 WRITERS = 13
 SEED = 43  # of the shuffle before the 80/10/10 split, as in the competition
@@ -68,17 +67,13 @@ def prepare_digits(folder: Path, writers: dict[str, int] = FORGET_WRITER, recipe
         _write_csv(folder / split / "retain.csv", train[train.person_id != writer])
         _write_csv(folder / split / "forget.csv", train[train.person_id == writer])
     counts = {str(group): int(count) for group, count in train.age_group.value_counts().sort_index().items()}
-    _write_json(folder / "age_class_weights.json", counts)
+    write_json(folder / "age_class_weights.json", counts)
     # Last, so that a folder with it is complete.
-    _write_json(folder / "dataset.json", {"name": folder.name, "image_size": 8, "classes": 10, "recipe": recipe})
+    write_json(folder / "dataset.json", {"name": folder.name, "image_size": 8, "classes": 10, "recipe": recipe})
 
 
 def _write_csv(path: Path, table: pd.DataFrame) -> None:
     write_atomically(path, lambda file: file.write(table.sort_values("image_id").to_csv(index=False).encode()))
-
-
-def _write_json(path: Path, content: dict) -> None:
-    write_atomically(path, lambda file: file.write((json.dumps(content, indent=2) + "\n").encode()))
 
 
 def main() -> None:

@@ -1,6 +1,7 @@
 """Whole files or none, and errors for the person reading them."""
 
 import contextlib
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -35,3 +36,15 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
             reason = cause.strerror or cause
             raise Problem(f"{path}: cannot be written ({reason}); nothing finished is lost, run again") from error
         raise
+
+
+def write_json(path: Path, content: dict) -> None:
+    write_atomically(path, lambda file: file.write((json.dumps(content, indent=2) + "\n").encode()))
+
+
+def read_json(path: Path) -> dict | None:
+    """What `write_json` wrote, or None where there is nothing to read."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None

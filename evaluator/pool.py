@@ -3,14 +3,14 @@
 import hashlib
 import json
 import zipfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from evaluator.files import Problem, write_atomically
+from evaluator.files import Problem, read_json, write_atomically, write_json
 
 
 class Pool:
@@ -48,3 +48,12 @@ class Pool:
                     f"{self.path(run)}: cut off or damaged; delete it and run again to redo this run alone"
                 ) from error
         return {name: torch.from_numpy(np.stack([values[name] for values in kept])) for name in kept[0]}
+
+    def number(self, name: str, measure: Callable[[], float]) -> float:
+        """A number about the pool that is worked out once and kept beside its runs, as <name>.json."""
+        path = self.folder / f"{name}.json"
+        kept = read_json(path)
+        if kept is None:
+            kept = {"value": measure()}
+            write_json(path, kept)
+        return kept["value"]

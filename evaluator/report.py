@@ -2,7 +2,6 @@
 
 import base64
 import html
-import json
 import platform
 from pathlib import Path
 
@@ -87,10 +86,6 @@ def estimated_ceiling(retrained: dict[str, Tensor], data: Data, seed: int = 0) -
 def versions() -> dict[str, str]:
     processor = torch.backends.cpu.get_cpu_capability()
     return {"python": platform.python_version(), "torch": torch.__version__, "processor": processor}
-
-
-def write_json(path: Path, content: dict) -> None:
-    write_atomically(path, lambda file: file.write((json.dumps(content, indent=2) + "\n").encode()))
 
 
 def write_csv(path: Path, table: pd.DataFrame) -> None:
@@ -195,11 +190,3 @@ def write_page(folder: Path, title: str, table: pd.DataFrame, methods: list[str]
     page = "\n".join([head, *parts])
     write_atomically(folder / "report.html", lambda file: file.write(page.encode()))
     return folder / "report.html"
-
-
-def read_json(path: Path) -> dict | None:
-    """What `write_json` wrote, or None where there is nothing to read."""
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError):
-        return None

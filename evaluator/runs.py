@@ -56,7 +56,9 @@ class Method:
             return cls(path, path.stem, {})
         try:
             config = getattr(module, "PRESETS", {}).get(preset) or module.Config()
-            config = dataclasses.replace(config, **(values or {}))
+            # JSON and the command line give a list where the field is a tuple.
+            values = {name: tuple(value) if isinstance(value, list) else value for name, value in (values or {}).items()}
+            config = dataclasses.replace(config, **values)
         except TypeError as error:
             raise Problem(f"{path}: Config: {str(error).split('() ')[-1]}") from error
         return cls(path, path.stem, dataclasses.asdict(config))

@@ -1,0 +1,167 @@
+"""Searches a method's hyperparameters with Optuna, for the competition's score on the public split.
+
+    python -m evaluator.tuning methods/fanchuan.py          the same budget for every method; resumable
+    python -m evaluator.tuning                              every method
+
+What may be tried stands beside each field of a method's Config, as an annotation:
+`Annotated[float, (low, high)]`, `(low, high, "log")` for either number type, or a list of choices.
+The values found are written to methods/tuned/<data>.json, which `evaluate.py --tuned` uses.
+"""
+
+import argparse
+import dataclasses
+import sys
+import tempfile
+import typing
+from pathlib import Path
+
+from evaluator import report
+from evaluator.evaluation import HERE, Evaluation
+from evaluator.files import Problem, read_json, write_json
+from evaluator.progress import progress
+from evaluator.runs import Method, seconds_alone, unlearned_pool
+
+TRIALS, RUNS = 20, 64  # the budget of a method
+DRAWN_AT_RANDOM = 8  # trials, before the sampler starts to learn from them
+
+
+def tuned_values(path: Path | str, data_name: str) -> dict:
+    """The Config values found for a method file. Raises Problem where there are none."""
+    kept = (read_json(_file(data_name)) or {}).get(Path(path).stem)
+    if kept is None:
+        raise Problem(f"{path}: has not been tuned on {data_name}: make tune METHOD={path}")
+    return kept["config"]
+
+
+def _file(data_name: str) -> Path:
+    return HERE / "methods" / "tuned" / f"{data_name}.json"
+
+
+def search_space(method: Method) -> dict[str, tuple | list]:
+    """Field -> (low, high), (low, high, "log") or a list of choices, of the Config's annotated fields."""
+    hints = typing.get_type_hints(method.module.Config, include_extras=True)
+    return {name: hint.__metadata__[0] for name, hint in hints.items() if hasattr(hint, "__metadata__")}
+
+
+def suggest(trial, method: Method) -> dict:
+    """Values of a trial for the fields of the search space. A range of a field that is a tuple is for its only entry."""
+    values = {}
+    for name, allowed in search_space(method).items():
+        present = method.config[name]
+        if isinstance(allowed, list):
+            values[name] = allowed[trial.suggest_categorical(name, range(len(allowed)))]
+            continue
+        low, high, *log = allowed
+        whole = isinstance(present, int) and not isinstance(present, bool)
+        whole = whole and isinstance(low, int)
+        draw = trial.suggest_int if whole else trial.suggest_float
+        value = draw(name, low, high, log=bool(log))
+        values[name] = (value,) if isinstance(present, tuple) else value
+    return values
+
+
+def tune(evaluation: Evaluation, method: Method, trials: int = TRIALS) -> dict:
+    """Search until `trials` settings within the cost limit are scored, each with as many runs as the evaluation has.
+
+    A setting over the limit of 20% of a retraining is rejected without a score; there may be twice as many of those. The
+    first setting is the method's own. Trials are kept under results/<data>/<split>/tuning, and a search that was cut off
+    goes on there. Returns what is written for the method into methods/tuned/<data>.json.
+    """
+    try:
+        import optuna
+    except ImportError as error:
+        raise Problem("tuning needs Optuna: pip install optuna") from error
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    retrained = evaluation.retrained.load(range(evaluation.runs))
+    # Whatever could change a trial's score is in the study's name.
+    name = f"{method.name} {method.digest[:12]} {evaluation.retrained.folder.name} {evaluation.runs}"
+    journal = evaluation.results / "tuning" / f"{method.name}.journal"
+    journal.parent.mkdir(parents=True, exist_ok=True)
+    storage = optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(str(journal)))
+    study = optuna.create_study(study_name=name, storage=storage, direction="maximize", load_if_exists=True)
+    if not study.trials:
+        study.enqueue_trial(_own_setting(method))
+
+    def finished() -> list:
+        return study.get_trials(states=[optuna.trial.TrialState.COMPLETE])
+
+    def scored() -> list:
+        return [trial for trial in finished() if "config" in trial.user_attrs]
+
+    with progress(f"tuning {method.name}", trials, "trial") as bar:
+        bar.update(len(scored()))
+        while len(scored()) < trials and len(finished()) < 3 * trials:
+            # Seeded by what is finished: a search that was cut off goes on as it would have.
+            study.sampler = optuna.samplers.TPESampler(seed=len(finished()), n_startup_trials=DRAWN_AT_RANDOM)
+            trial = study.ask()
+            tried = dataclasses.replace(method, config=method.config | suggest(trial, method))
+            cost = seconds_alone(evaluation.setting, evaluation.data, evaluation.recipe, tried, repeats=1)
+            cost /= evaluation.retraining_seconds
+            if cost > report.COST_LIMIT:
+                study.tell(trial, report.COST_LIMIT - cost)  # below every score: the search turns back
+                continue
+            trial.set_user_attr("config", tried.config)
+            trial.set_user_attr("fraction_of_retraining", cost)
+            study.tell(trial, _score(evaluation, tried, retrained))
+            bar.update()
+    if not scored():
+        raise Problem(f"{method.path}: no setting tried costs less than {report.COST_LIMIT:.0%} of a retraining")
+    best = max(scored(), key=lambda trial: trial.value)
+    return {
+        "config": best.user_attrs["config"],
+        "score": best.value,
+        "fraction_of_retraining": best.user_attrs["fraction_of_retraining"],
+        "trials": len(scored()),
+        "rejected": len(finished()) - len(scored()),
+        "runs": evaluation.runs,
+    }
+
+
+def _own_setting(method: Method) -> dict:
+    """The present values in the terms of the search space, as far as they lie in it."""
+    setting = {}
+    for name, allowed in search_space(method).items():
+        value = method.config[name]
+        if isinstance(allowed, list):
+            if value in allowed:
+                setting[name] = allowed.index(value)
+            continue
+        value = value[0] if isinstance(value, tuple) else value
+        setting[name] = min(max(value, allowed[0]), allowed[1])
+    return setting
+
+
+def _score(evaluation: Evaluation, method: Method, retrained: dict) -> float:
+    with tempfile.TemporaryDirectory() as folder:  # a trial's runs are not kept, its score is
+        setting = dataclasses.replace(evaluation.setting, results=Path(folder))
+        pool = unlearned_pool(setting, evaluation.data, evaluation.recipe, method, evaluation.runs)
+        scores, _ = report.score(pool.load(range(evaluation.runs)), retrained, evaluation.data)
+    return scores["score"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("methods", nargs="*", type=Path, metavar="METHOD", help="method files (default: every one)")
+    parser.add_argument("--data", default="digits", help="a name under data/, or any folder in that layout")
+    parser.add_argument("--trials", type=int, default=TRIALS, help=f"settings to score for a method (default: {TRIALS})")
+    parser.add_argument("--runs", type=int, default=RUNS, help=f"runs of a setting (default: {RUNS})")
+    parser.add_argument("--jobs", type=int, help="processes (default: one a core, or one a GPU)")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, or auto")
+    parser.add_argument("--results", type=Path, default=Path("results"), help="where trials are kept")
+    args = parser.parse_args()
+    try:
+        evaluation = Evaluation.of(args.data, "public", args.runs, args.results, args.jobs, args.device)
+        for path in args.methods or [HERE / "unlearning.py", *sorted((HERE / "methods").glob("*.py"))]:
+            method = Method.read(path, evaluation.data.name)
+            found = tune(evaluation, method, args.trials)
+            file = _file(evaluation.data.name)
+            write_json(file, dict(sorted(((read_json(file) or {}) | {method.name: found}).items())))
+            print(f"{method.name}: score {found['score']:.4f} at N = {found['runs']}, {found['config']}", flush=True)
+    except Problem as problem:
+        sys.exit(f"error: {problem}")
+    except KeyboardInterrupt:
+        sys.exit("\ninterrupted; finished trials are kept, the same command goes on from there")
+
+
+if __name__ == "__main__":
+    main()
