@@ -26,6 +26,7 @@ from evaluator.data import Data, Loader, load
 from evaluator.ensemble import Ensemble
 from evaluator.files import Problem
 from evaluator.models import save_network, state_misfit
+from evaluator.notebook import NotebookLoader, method_tree
 from evaluator.pool import Pool
 from evaluator.progress import progress
 from evaluator.training import Recipe, answers, generators, one_thread, original_network, retrain
@@ -55,7 +56,8 @@ class Method:
                 raise Problem(f"{path}: has no Config to set {', '.join(values)} in")
             return cls(path, path.stem, {})
         try:
-            config = getattr(module, "PRESETS", {}).get(preset) or module.Config()
+            # A notebook's hyperparameters are those in it.
+            config = getattr(module, "config", None) or getattr(module, "PRESETS", {}).get(preset) or module.Config()
             # JSON and the command line give a list where the field is a tuple.
             values = {name: tuple(value) if isinstance(value, list) else value for name, value in (values or {}).items()}
             config = dataclasses.replace(config, **values)
@@ -77,7 +79,8 @@ class Method:
         """Of the code without comments and formatting, so that only what can change a result makes new runs."""
         if self.path is None:
             return ""
-        return hashlib.sha256(ast.dump(ast.parse(self.path.read_text())).encode()).hexdigest()
+        tree = method_tree(self.path) if self.path.suffix == ".ipynb" else ast.parse(self.path.read_text())
+        return hashlib.sha256(ast.dump(tree).encode()).hexdigest()
 
     def __call__(self, net: nn.Module, retain: Loader, forget: Loader, validation: Loader) -> object:
         if self.module is None:
@@ -95,12 +98,15 @@ def method_module(path: Path) -> ModuleType:
     if not path.is_file():
         raise Problem(f"{path}: no such method file")
     name = f"method_{path.stem}_{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:8]}"
-    specification = importlib.util.spec_from_file_location(name, path)
+    loader = NotebookLoader(name, str(path)) if path.suffix == ".ipynb" else None
+    specification = importlib.util.spec_from_file_location(name, path, loader=loader)
     if specification is None:
-        raise Problem(f"{path}: not a .py file")
+        raise Problem(f"{path}: neither a .py file nor an .ipynb notebook")
     module = sys.modules[name] = importlib.util.module_from_spec(specification)
     try:
         specification.loader.exec_module(module)
+    except Problem:
+        raise
     except Exception as error:
         raise Problem(f"{path}: cannot be imported: {_described(error, path)}") from error
     if not callable(getattr(module, "unlearning", None)):
@@ -221,7 +227,7 @@ def _unlearn(setting: Setting, pool: Pool, recipe: Recipe, method: Method, task:
         with one_thread():
             data = setting.load()
             original = original_network(data, recipe)
-            if method.ensemble:
+            if method.ensemble and recipe.networks_at_once > 1:
                 net = Ensemble(original, len(task), generators(task, setting.device))
             else:
                 net = copy.deepcopy(original)
@@ -297,11 +303,12 @@ def _described(error: Exception, path: Path) -> str:
     lines = []
     trace = error.__traceback__
     while trace:
-        if trace.tb_frame.f_code.co_filename == str(path):
-            lines.append(trace.tb_lineno)
+        file = trace.tb_frame.f_code.co_filename
+        if file.startswith(str(path)):  # a notebook's adds the cell
+            lines.append(f"{file.removeprefix(str(path))} line {trace.tb_lineno}".strip())
         trace = trace.tb_next
     text = " ".join(str(error).split())[:300]
-    return f"{type(error).__name__}: {text}" + (f" (line {lines[-1]})" if lines else "")
+    return f"{type(error).__name__}: {text}" + (f" ({lines[-1]})" if lines else "")
 
 
 class _TimeLimit(BaseException):
