@@ -1,0 +1,105 @@
+"""Reset the last layer; train random parts of the network, after a little noise; at the end train all of it.
+
+By Sun, 7th in the NeurIPS 2023 Unlearning Challenge. The score of this method was not published. As in the published
+code, norm layers are told by "bn" in their names, so that those of the projection shortcuts are among the random parts,
+and a tensor that was trained before gets no noise. Fewer epochs than rounds are our addition.
+"""
+
+from dataclasses import dataclass
+from itertools import chain, islice, repeat
+from typing import Annotated
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+ENSEMBLE = True  # K networks trained as one give what each gives alone
+
+
+@dataclass(frozen=True)
+class Config:
+    """Published values; in brackets, what tuning may try (linear, or "log")."""
+
+    rounds: Annotated[int, (1, 5)] = 5  # with random tensors, the first without noise; as many epochs when published
+    tensors: Annotated[int, (2, 28)] = 9  # drawn in each round; trained together with all norm layers
+    noisy: int = 6  # how many of them get noise first
+    noise: Annotated[float, (0.005, 0.5, "log")] = 0.04  # its standard deviation
+    learning_rate: Annotated[float, (1e-3, 3e-1, "log")] = 2e-4
+    last_rates: tuple[float, ...] = (1, 1, 1, 5)  # times the learning rate, in the rounds at the end that train all
+    epochs: Annotated[float, (0.2, 1.6)] = 9  # over the retain set, divided equally among all rounds, parts allowed
+    momentum: float = 0.9  # starts anew in each round
+    weight_decay: float = 5e-4
+
+
+PRESETS = {}
+
+
+def unlearning(net, retain_loader, forget_loader, val_loader, config: Config = Config()) -> None:
+    members = getattr(net, "members", [net])  # K networks trained as one, or the one there is
+    generators = getattr(net, "generators", [None])  # where each draws its randomness; None: torch's global generator
+    for member, generator in zip(members, generators, strict=True):
+        reset(member, generator)
+    rates = [1] * config.rounds + list(config.last_rates)
+    steps = max(1, round(config.epochs / len(rates) * len(retain_loader)))
+    batches = chain.from_iterable(repeat(retain_loader))
+    trained_before = [set() for _ in members]
+    net.train()
+    for index, rate in enumerate(rates):
+        masks = None
+        if index < config.rounds:
+            chosen = [
+                choose(member, config, generator, before, with_noise=index > 0)
+                for member, generator, before in zip(members, generators, trained_before, strict=True)
+            ]
+            masks = [
+                torch.tensor(column, device=parameter.device).repeat_interleave(len(parameter) // len(members))
+                for column, parameter in zip(zip(*chosen, strict=True), net.parameters(), strict=True)
+            ]
+        train(net, islice(batches, steps), config.learning_rate * rate, masks, config)
+    net.eval()
+
+
+@torch.no_grad()
+def reset(net: nn.Module, generator: torch.Generator | None) -> None:
+    """Redraw the last layer as PyTorch initialises it, in place."""
+    bound = net.fc.in_features**-0.5
+    for parameter in net.fc.parameters():
+        parameter.uniform_(-bound, bound, generator=generator)
+
+
+@torch.no_grad()
+def choose(
+    net: nn.Module, config: Config, generator: torch.Generator | None, before: set[str], with_noise: bool
+) -> list[bool]:
+    """Which parameter tensors of one network are trained in a round; some of them get noise, in place.
+
+    before: the names of those trained in earlier rounds; this round's are added.
+    """
+    parameters = dict(net.named_parameters())
+    pool = [name for name in parameters if "bn" not in name]
+    where = generator.device if generator else "cpu"
+    drawn = [pool[i] for i in torch.randperm(len(pool), generator=generator, device=where)[: config.tensors].tolist()]
+    if with_noise:
+        for name in drawn[: config.noisy]:
+            if name not in before:
+                noise = torch.empty_like(parameters[name]).normal_(generator=generator)
+                parameters[name].add_(noise, alpha=config.noise)
+    before.update(drawn)
+    return [name in drawn or "bn" in name for name in parameters]
+
+
+def train(net: nn.Module, batches, rate: float, masks: list[Tensor] | None, config: Config) -> None:
+    """Fine-tune; masks: for each parameter 1 for the first-axis entries to train, 0 for those to leave as they are."""
+    device = next(net.parameters()).device
+    optimizer = torch.optim.SGD(net.parameters(), lr=rate, momentum=config.momentum, fused=True)
+    for batch in batches:
+        loss = F.cross_entropy(net(batch["image"].to(device)), batch["age_group"].to(device))
+        optimizer.zero_grad()
+        loss.backward()
+        with torch.no_grad():
+            for index, parameter in enumerate(net.parameters()):
+                # Weight decay goes here, and not into the optimizer, so that the mask covers it too.
+                parameter.grad.add_(parameter, alpha=config.weight_decay)
+                if masks:
+                    parameter.grad.mul_(masks[index].view(-1, *[1] * (parameter.dim() - 1)))
+        optimizer.step()
