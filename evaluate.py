@@ -2,6 +2,7 @@
 
     python evaluate.py                          unlearning.py beside the baselines, on the handwritten digits
     python evaluate.py methods/fanchuan.py      any method file, or an edited notebook
+    python evaluate.py --checkpoints submission.zip --runs 8          networks that exist already
     python evaluate.py --runs 64                a first impression in two minutes (never compare scores across --runs)
 
 Everything finished is kept under --results: the same command goes on where it was interrupted, and redoes only what
@@ -14,6 +15,7 @@ import sys
 from pathlib import Path
 
 from evaluator import report
+from evaluator.checkpoints import Checkpoints
 from evaluator.evaluation import HERE, Evaluation
 from evaluator.files import Problem
 from evaluator.runs import NO_UNLEARNING, Method
@@ -39,6 +41,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("methods", nargs="*", metavar="METHOD", help="a .py file or an .ipynb notebook with unlearning()")
     what = parser.add_argument_group("what is scored")
+    what.add_argument("--checkpoints", type=Path, metavar="ZIP", help="a submission.zip with one checkpoint a run")
     what.add_argument("--data", default="digits", help="a name under data/, or any folder in that layout (default: digits)")
     what.add_argument("--split", default="public", help="public (tune on this one) or private (report on this one)")
     what.add_argument("--runs", type=int, default=512, help="N, networks of each kind (default: 512, the competition's)")
@@ -69,8 +72,13 @@ def evaluate(args: argparse.Namespace) -> None:
     )
     data = evaluation.data
     values = dict(field_value(text) for text in args.set)
-    methods = [NO_UNLEARNING] if not args.methods else []
-    for path in args.methods or OURS:
+    given = args.methods or args.checkpoints
+    methods = [] if given else [NO_UNLEARNING]
+    if args.checkpoints:
+        methods.append(Checkpoints.read(args.checkpoints, args.runs))
+    for path in args.methods if given else OURS:
+        if args.preset and Path(path).suffix == ".ipynb":
+            raise Problem(f"--preset {args.preset}: a notebook is scored with the values in it; --set changes one")
         found = tuned_values(path, data.name) if args.tuned else {}
         methods.append(Method.read(path, args.preset or data.name, found | values))
 

@@ -10,6 +10,7 @@ import joblib
 import torch
 
 from evaluator import report
+from evaluator.checkpoints import Checkpoints
 from evaluator.files import Problem, read_json, write_json
 from evaluator.pool import Pool
 from evaluator.runs import Method, Setting, retrained_pool, seconds_alone, unlearned_pool
@@ -96,20 +97,24 @@ class Evaluation:
         equal = dict.fromkeys(("ra_unlearned", "ra_retrained", "ta_unlearned", "ta_retrained"), 1.0)
         return {"method": "(ceiling, estimated)", "forgetting_quality": quality, "score": quality, **equal}
 
-    def score(self, method: Method) -> dict:
+    def score(self, method: Method | Checkpoints) -> dict:
         """Make the runs that are missing, and the summary, figures and tables where they are not of these very runs."""
         retrained = self.retrained
-        retraining_seconds = self.retraining_seconds
         folder = self.setting.results_of(self.data, method.name)
         with stage(f"{self.runs} runs of {method.name}"):
-            unlearned = unlearned_pool(self.setting, self.data, self.recipe, method, self.runs)
+            if isinstance(method, Checkpoints):
+                unlearned = method.pool(self.setting, self.data, self.recipe, self.runs)
+            else:
+                unlearned = unlearned_pool(self.setting, self.data, self.recipe, method, self.runs)
         made_of = {"runs": self.runs, "unlearned": unlearned.folder.name, "retrained": retrained.folder.name}
         summary = read_json(folder / "summary.json")
         if summary and summary["made_of"] == made_of:
             return summary
-        seconds = unlearned.number(
-            f"seconds_{self.setting.device}", lambda: seconds_alone(self.setting, self.data, self.recipe, method)
-        )
+        seconds = None  # of networks that exist already nobody knows what they took
+        if isinstance(method, Method):
+            seconds = unlearned.number(
+                f"seconds_{self.setting.device}", lambda: seconds_alone(self.setting, self.data, self.recipe, method)
+            )
         pools = unlearned.load(range(self.runs)), retrained.load(range(self.runs))
         scores, table = report.score(*pools, self.data)
         report.draw_figures(folder, method.name, *pools, self.data, table)
@@ -121,7 +126,7 @@ class Evaluation:
             "split": self.data.split,
             **scores,
             "seconds_per_run": seconds,
-            "fraction_of_retraining": seconds / retraining_seconds,
+            "fraction_of_retraining": seconds and seconds / self.retraining_seconds,
             "versions": report.versions(),
             "device": self.setting.device,
             "made_of": made_of,

@@ -1,6 +1,7 @@
 """The competition's network, torchvision's ResNet-18, at any width; `original_model.pth` in and out."""
 
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from torch import nn
@@ -49,10 +50,13 @@ def save_network(net: nn.Module, path: Path) -> None:
     write_atomically(path, lambda file: torch.save(state, file))
 
 
-def load_network(net: nn.Module, path: Path) -> None:
-    """Read a state dict (float16 or float32) into `net`. Raises Problem naming the file and the tensor that does not fit."""
+def load_network(net: nn.Module, path: Path, content: BinaryIO | None = None) -> None:
+    """Read a state dict (float16 or float32) into `net`. Raises Problem naming the file and the tensor that does not fit.
+
+    content: the opened file, where `path` only says what it is called.
+    """
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(content or path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load has no error of its own: a cut-off or foreign file raises any of many types
         raise Problem(f"{path}: not a readable network ({str(error).splitlines()[0]})") from error
     if not isinstance(state, dict):

@@ -141,7 +141,7 @@ def retrained_pool(setting: Setting, data: Data, recipe: Recipe, runs: int, kind
     made_from = {"kind": kind, "data": data.digest, "recipe": dataclasses.asdict(recipe), "format": 1}
     pool = Pool(setting.results_of(data, kind), made_from)
     tasks = _blocks(pool, runs, recipe.networks_at_once)
-    _work_through(
+    work_through(
         setting, pool, runs, kind.replace("_", " "), tasks, functools.partial(_retrain, setting, pool, recipe, kind)
     )
     return pool
@@ -167,7 +167,7 @@ def unlearned_pool(setting: Setting, data: Data, recipe: Recipe, method: Method,
                 pool.save(run, {name: value[0] for name, value in asked.items()} | {"seconds": np.array(0.0)})
         return pool
     tasks = _blocks(pool, runs, recipe.networks_at_once if method.ensemble else 1)
-    _work_through(setting, pool, runs, method.name, tasks, functools.partial(_unlearn, setting, pool, recipe, method))
+    work_through(setting, pool, runs, method.name, tasks, functools.partial(_unlearn, setting, pool, recipe, method))
     return pool
 
 
@@ -191,7 +191,7 @@ def _blocks(pool: Pool, runs: int, size: int) -> list[list[int]]:
     return [list(range(block * size, (block + 1) * size)) for block in sorted(wanted)]
 
 
-def _work_through(setting: Setting, pool: Pool, runs: int, what: str, tasks: list[list[int]], work: Callable) -> None:
+def work_through(setting: Setting, pool: Pool, runs: int, what: str, tasks: list[list[int]], work: Callable) -> None:
     """Do the tasks in `jobs` processes; raises the first Problem that one returns. What is finished is on disk."""
     if not tasks:
         return
