@@ -39,7 +39,7 @@ def unlearning(net, retain_loader, forget_loader, val_loader, config: Config = C
     generators = getattr(net, "generators", [None])  # where each draws its randomness; None: torch's global generator
     teacher = copy.deepcopy(members[0]).eval().requires_grad_(False)
     labels = torch.cat([batch["age_group"] for batch in retain_loader]).to(device)
-    counts = labels.bincount(minlength=teacher.fc.out_features) / len(members)
+    counts = labels.bincount(minlength=teacher.fc.out_features).to(teacher.fc.weight) / len(members)
     class_weights = counts.clamp(min=1) ** config.class_power
     for member, generator in zip(members, generators, strict=True):
         damage(member, config.share, generator)

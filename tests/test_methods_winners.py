@@ -1,0 +1,517 @@
+"""Each winner's method does what it was published to do, and does it to K networks at once as it does to one."""
+
+import copy
+import math
+from dataclasses import replace
+from types import ModuleType
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.utils.data import DataLoader
+
+from evaluator.data import Examples, Loader
+from evaluator.ensemble import Ensemble
+from evaluator.models import resnet18
+from evaluator.training import generators
+from methods import amnesiacs, fanchuan, kookmin, sebastian, seif, sun, toshi_k
+
+WINNERS = [fanchuan, kookmin, seif, sebastian, toshi_k, amnesiacs, sun]
+BATCH = 16
+
+# Short, but with learning rates at which every phase leaves its mark.
+SHORT = {
+    fanchuan: dict(rounds=2, epochs=2, uniform_rate=1e-2, contrast_rate=1e-3, repair_rate=1e-2),
+    kookmin: dict(epochs=1.5, learning_rate=1e-2),
+    seif: dict(epochs=1.5, learning_rate=1e-2, noise=0.1),
+    sebastian: dict(epochs=1.5, learning_rate=1e-2, share=0.5),
+    toshi_k: dict(epochs=1.5, learning_rate=1e-2, share=0.5),
+    amnesiacs: dict(epochs=1, imitation_epochs=1, learning_rate=1e-2, imitation_rate=1e-2),
+    sun: dict(rounds=3, last_rates=(1, 5), epochs=1.5, learning_rate=1e-2),
+}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def examples(count: int, seed: int) -> Examples:
+    """Noisy images of 10 classes, whose patterns are the same for every seed."""
+    source = torch.Generator().manual_seed(seed)
+    labels = torch.randint(10, (count,), generator=source)
+    patterns = torch.randint(256, (10, 3, 8, 8), generator=torch.Generator().manual_seed(0))
+    noise = torch.randint(-60, 61, (count, 3, 8, 8), generator=source)
+    images = (patterns[labels] + noise).clamp(0, 255).to(torch.uint8)
+    zeros = torch.zeros(count, dtype=torch.int64)
+    return Examples([f"{seed}-{index}" for index in range(count)], images, labels, zeros, zeros)
+
+
+RETAIN, FORGET, VALIDATION = examples(60, 1), examples(20, 2), examples(20, 3)
+
+
+@pytest.fixture(scope="module")
+def original() -> nn.Module:
+    """Trained until it knows its training images."""
+    torch.manual_seed(0)
+    net = resnet18(10, width=4, small_images=True)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.02, momentum=0.9)
+    images, labels = torch.cat([RETAIN.images, FORGET.images]).float(), torch.cat([RETAIN.age_group, FORGET.age_group])
+    for _ in range(30):
+        optimizer.zero_grad()
+        F.cross_entropy(net(images), labels).backward()
+        optimizer.step()
+    return net.eval()
+
+
+@pytest.fixture
+def net(original) -> nn.Module:
+    return copy.deepcopy(original)
+
+
+def loaders() -> list[DataLoader]:
+    """PyTorch's own, as on Kaggle."""
+    return [DataLoader(part, BATCH, shuffle=True) for part in (RETAIN, FORGET, VALIDATION)]
+
+
+def unlearned(method: ModuleType, original: nn.Module, seed: int = 0, **values) -> nn.Module:
+    torch.manual_seed(seed)
+    net = copy.deepcopy(original)
+    assert method.unlearning(net, *loaders(), method.Config(**values)) is None
+    return net
+
+
+class DoubleExamples(Examples):
+    def batch(self, indices: Tensor) -> dict:
+        batch = super().batch(indices)
+        return batch | {"image": batch["image"].double()}
+
+
+def at_once(method: ModuleType, original: nn.Module, seeds: list[int], **values) -> list[nn.Module]:
+    """An ensemble's members after unlearning, in double precision: a difference is then one of the method, not rounding
+    that training amplified."""
+    sources = generators(seeds, "cpu")
+    ensemble = Ensemble(copy.deepcopy(original).double(), len(seeds), sources)
+    parts = [Loader(DoubleExamples(**vars(part)), BATCH, sources) for part in (RETAIN, FORGET, VALIDATION)]
+    method.unlearning(ensemble, *parts, method.Config(**values))
+    return ensemble.members
+
+
+def changed(net: nn.Module, original: nn.Module) -> set[str]:
+    """Names of the parameters that are not what they were."""
+    before = dict(original.named_parameters())
+    return {name for name, parameter in net.named_parameters() if not torch.equal(parameter, before[name])}
+
+
+def convolutions(net: nn.Module) -> dict[str, Tensor]:
+    return {name: parameter for name, parameter in net.named_parameters() if parameter.dim() == 4}
+
+
+def source() -> torch.Generator:
+    return torch.Generator().manual_seed(5)
+
+
+@torch.no_grad()
+def logits(net: nn.Module, part: Examples) -> Tensor:
+    return net(part.images.float())
+
+
+# All of them
+
+
+@pytest.mark.parametrize("method", WINNERS, ids=lambda method: method.__name__)
+def test_keeps_the_contract_with_published_values(method, original):
+    first, second = (unlearned(method, original, seed) for seed in (0, 1))
+    for net in (first, second):
+        assert not any(module.training for module in net.modules())
+        assert all(tensor.isfinite().all() for tensor in net.state_dict().values())
+        assert len(changed(net, original)) == 62
+    # All but the statistics of a network whose updates are tiny, so the difference must be more than rounding.
+    assert (logits(first, FORGET) - logits(second, FORGET)).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("method", WINNERS, ids=lambda method: method.__name__)
+def test_networks_at_once_are_as_one_at_a_time(method, original, monkeypatch):
+    if method is sebastian:  # a value in the middle between two halves may fall to either: tested on its own
+        monkeypatch.setattr(sebastian, "round_to_half", lambda net: None)
+    assert method.ENSEMBLE
+    together = at_once(method, original, [0, 1, 2], **SHORT[method])
+    for seed, member in enumerate(together):
+        (alone,) = at_once(method, original, [seed], **SHORT[method])
+        expected = alone.state_dict()
+        for name, tensor in member.state_dict().items():
+            torch.testing.assert_close(
+                tensor, expected[name], rtol=1e-7, atol=1e-7, msg=lambda text, at=name: f"{at}: {text}"
+            )
+    assert not torch.allclose(together[0].fc.weight, together[1].fc.weight, atol=1e-3)
+
+
+@pytest.mark.parametrize("method", WINNERS, ids=lambda method: method.__name__)
+def test_less_than_an_epoch_is_possible(method, original):
+    steps = rates(method, original, **({"epochs": 0.2} | ({"rounds": 1} if method in (fanchuan, sun) else {})))
+    full = rates(method, original)
+    assert 0 < len(steps) < len(full) / 3 or method is amnesiacs  # whose imitation of the original stays as long
+
+
+def rates(method: ModuleType, original: nn.Module, **values) -> list[float]:
+    """The learning rate of each step."""
+    seen = []
+    handle = register_optimizer_step_pre_hook(lambda optimizer, *_: seen.append(optimizer.param_groups[0]["lr"]))
+    try:
+        unlearned(method, original, **values)
+    finally:
+        handle.remove()
+    return seen
+
+
+def cosine(highest: float, epochs: int) -> list[float]:
+    return [highest * (1 + math.cos(math.pi * epoch / epochs)) / 2 for epoch in range(epochs)]
+
+
+@pytest.mark.parametrize(
+    ("method", "expected"),
+    [  # an epoch over the retain set has 4 steps here, one over the forget or the validation set 2
+        (kookmin, [rate for part in (1, 2, 3, 2, 1) for rate in [part / 3 * 1e-3] * 4]),
+        (seif, [rate for epoch in cosine(7e-4, 4) for rate in [epoch] * 4]),
+        (sebastian, [5e-4] * 13),
+        (toshi_k, [rate for epoch in cosine(1e-3, 3) for rate in [epoch] * 4]),
+        (amnesiacs, [9e-4] * 6 + [rate for epoch in cosine(1e-3, 3) for rate in [epoch] * 4]),
+        (sun, [2e-4] * 32 + [1e-3] * 4),
+        # retain batches are 64 here, so that there is one of them, and one forget batch is contrasted with it
+        (fanchuan, [5e-3] * 2 + [rate for n in range(8) for rate in (1e-6 + cosine(3e-4 - 1e-6, 16)[n], 4e-3)]),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_learning_rates_are_the_published_ones(method, expected, original):
+    assert rates(method, original) == pytest.approx(expected)
+
+
+# fanchuan
+
+
+def test_fanchuan_first_pass_makes_forget_outputs_more_uniform(net, original):
+    torch.manual_seed(0)
+    retain, _, validation = loaders()
+    config = fanchuan.Config(rounds=0, uniform_rate=2e-2)
+    fanchuan.unlearning(net, retain, DataLoader(FORGET, 5, shuffle=True), validation, config)
+    before, after = (fanchuan.uniform_loss(logits(each, FORGET)) for each in (original, net))
+    assert after < before / 3
+
+
+def test_fanchuan_uniform_loss_is_the_divergence_from_uniform():
+    torch.manual_seed(0)
+    predicted = torch.randn(6, 10).softmax(-1)
+    uniform = torch.full((6, 10), 0.1)
+    one_way = (uniform * (uniform / predicted).log()).sum(-1).mean()
+    other_way = (predicted * (predicted / uniform).log()).sum(-1).mean()
+    torch.testing.assert_close(fanchuan.uniform_loss(predicted.log()), one_way)
+    torch.testing.assert_close(fanchuan.uniform_loss(predicted.log(), reverse=0.85), one_way + 0.85 * other_way)
+
+
+def test_fanchuan_contrastive_loss_is_of_each_network_alone():
+    torch.manual_seed(0)
+    forget, retain = torch.randn(2, 3, 10), torch.randn(2, 5, 10)
+    total = 0.0
+    for k in range(2):
+        for f in forget[k]:
+            similarities = torch.stack([f @ r / 1.15 for r in retain[k]])
+            total += (similarities.logsumexp(0) - similarities).mean() / 6
+    loss = fanchuan.contrastive_loss(forget.flatten(0, 1), retain.flatten(0, 1), 1.15, size=2)
+    torch.testing.assert_close(loss, total)
+
+
+def test_fanchuan_contrast_evens_out_the_similarities(original):
+    only_contrast = dict(rounds=3, uniform_rate=0.0, repair_rate=0.0, repair_decay=0.0, retain_batch=1)
+    # Compared to a run that does everything but learn: batch norm's statistics move in both.
+    still = unlearned(fanchuan, original, contrast_rate=0.0, contrast_rate_at_last=0.0, **only_contrast)
+    pushed = unlearned(fanchuan, original, contrast_rate=3e-3, **only_contrast)
+    loss = [fanchuan.contrastive_loss(logits(net, FORGET), logits(net, RETAIN), 1.15) for net in (still, pushed)]
+    assert changed(still, original) == set()
+    assert loss[1] < 0.9 * loss[0]
+
+
+def test_fanchuan_alternates_small_forget_and_large_retain_batches(net):
+    sizes = []
+    net.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
+    parts = [DataLoader(part, 5, shuffle=True) for part in (RETAIN, FORGET, VALIDATION)]
+    fanchuan.unlearning(net, *parts, fanchuan.Config(rounds=2, epochs=2))
+    contrast = [5, 20] * 3  # as many pairs as there are retain batches, of which there are fewer
+    assert sizes == [5] * 4 + 2 * (contrast + [20] * 3)
+
+
+# kookmin
+
+
+def test_kookmin_redraws_the_weights_with_the_smallest_gradients(net, original):
+    torch.manual_seed(0)
+    gradients = [torch.randn_like(parameter) for parameter in net.parameters()]
+    scales = kookmin.damage(net, gradients, kookmin.Config(), source())
+    assert changed(net, original) == set(convolutions(net))
+    for parameter, before, gradient, scale in zip(net.parameters(), original.parameters(), gradients, scales, strict=True):
+        if parameter.dim() != 4:
+            assert torch.equal(scale, torch.ones_like(scale))
+            continue
+        redrawn = parameter != before
+        assert redrawn.sum() == round(0.3 * parameter.numel())
+        assert gradient.abs()[redrawn].max() < gradient.abs()[~redrawn].min()
+        assert torch.equal(scale, torch.where(redrawn, 1.0, 0.1))
+    deviation = (2 / (32 * 9)) ** 0.5  # Kaiming, fan out
+    weight = net.layer4[1].conv2.weight
+    assert weight[weight != original.layer4[1].conv2.weight].std().item() == pytest.approx(deviation, rel=0.05)
+
+
+def test_kookmin_gradient_is_of_random_retain_batches_less_the_forget_set(net, original):
+    parts = [Loader(part, BATCH, shuffle=False) for part in (RETAIN, FORGET)]
+    kookmin.accumulate_gradients(net, *parts)
+    loss = 0.0
+    for part, sign, count in ((RETAIN, 1, 32), (FORGET, -1, 20)):
+        for images, labels in zip(part.images[:count].split(BATCH), part.age_group[:count].split(BATCH), strict=True):
+            loss = loss + sign * F.cross_entropy(original(images.float()), labels)
+    expected = torch.autograd.grad(loss, list(original.parameters()))
+    for parameter, gradient in zip(net.parameters(), expected, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-4, atol=1e-6)
+    assert torch.equal(net.bn1.running_mean, original.bn1.running_mean)
+
+
+def test_kookmin_scales_gradients_in_every_step(original):
+    # Where kept weights learn nothing at all, all that moves is what was redrawn.
+    net = unlearned(kookmin, original, kept_gradient=0.0, weight_decay=0.0, epochs=1)
+    for name, weight in convolutions(net).items():
+        moved = weight != convolutions(original)[name]
+        assert moved.sum() == round(0.3 * weight.numel())
+    assert not torch.equal(net.fc.weight, original.fc.weight)
+
+
+# seif
+
+
+def test_seif_noise_is_on_the_first_convolution_only():
+    net = resnet18(10)
+    before = copy.deepcopy(net)
+    seif.damage(net, seif.Config().noise, source())
+    assert changed(net, before) == {"conv1.weight"}
+    noise = net.conv1.weight - before.conv1.weight
+    assert noise.std().item() == pytest.approx(0.6, rel=0.03)
+    assert noise.mean().item() == pytest.approx(0.0, abs=0.03)
+
+
+def test_seif_adds_a_little_noise_before_the_last_of_four_epochs(original, monkeypatch):
+    steps, drawn = [], []
+    handle = register_optimizer_step_pre_hook(lambda *_: steps.append(1))
+    damage = seif.damage
+    monkeypatch.setattr(
+        seif,
+        "damage",
+        lambda net, deviation, generator: drawn.append((len(steps), deviation)) or damage(net, deviation, generator),
+    )
+    try:
+        unlearned(seif, original)
+    finally:
+        handle.remove()
+    assert drawn == [(0, 0.6), (12, 0.005)]
+
+
+def test_seif_weights_the_mean_loss_of_a_batch_by_its_classes():
+    torch.manual_seed(0)
+    answers, labels = torch.randn(8, 10), torch.tensor([0, 0, 3, 4, 0, 7, 8, 9])
+    first = F.cross_entropy(answers[:4], labels[:4]) * (1 + 1 + 0.05 + 0.05) / 4
+    second = F.cross_entropy(answers[4:], labels[4:]) * (1 + 0.05 + 0.05 + 0.05) / 4
+    torch.testing.assert_close(seif.weighted_loss(answers[:4], labels[:4], seif.Config()), first)
+    torch.testing.assert_close(seif.weighted_loss(answers, labels, seif.Config(), size=2), (first + second) / 2)
+    losses = F.cross_entropy(answers, labels, reduction="none")
+    expected = (losses * torch.tensor([1, 1, 0.05, 0.05, 1, 0.05, 0.05, 0.05])).mean()
+    torch.testing.assert_close(seif.weighted_loss(answers, labels, seif.Config(per_example=True), size=2), expected)
+
+
+# sebastian
+
+
+def test_sebastian_keeps_the_largest_weights_and_redraws_the_rest(net, original):
+    sebastian.damage(net, sebastian.Config().share, source())
+    weights = [name for name, parameter in net.named_parameters() if parameter.dim() > 1]
+    before, after = dict(original.named_parameters()), dict(net.named_parameters())
+    assert changed(net, original) <= {*weights, "fc.bias"}
+    kept, lost = [], []
+    for name in weights:
+        redrawn = after[name] != before[name]
+        kept.append(before[name][~redrawn].abs())
+        lost.append(before[name][redrawn].abs())
+        bound = before[name][0].numel() ** -0.5
+        values = after[name][redrawn].abs()
+        assert values.max() <= bound
+        assert values.max() > 0.8 * bound
+    kept, lost = torch.cat(kept), torch.cat(lost)
+    total = len(kept) + len(lost) + len(net.fc.bias)
+    biases_lost = (net.fc.bias != original.fc.bias).sum()
+    assert len(lost) + biases_lost == round(0.99 * total)
+    assert kept.min() > lost.max()
+    assert net.fc.bias[net.fc.bias != original.fc.bias].abs().sum() == 0
+
+
+def test_sebastian_label_loss_is_the_weighted_mean_of_each_network():
+    torch.manual_seed(0)
+    answers, labels, weights = torch.randn(8, 10), torch.randint(10, (8,)), torch.rand(10) + 0.1
+    each = [F.cross_entropy(answers[part], labels[part], weights) for part in (slice(4), slice(4, 8))]
+    torch.testing.assert_close(sebastian.label_loss(answers, labels, weights, size=2), sum(each) / 2)
+
+
+def test_sebastian_entropy():
+    answers = torch.randn(5, 10)
+    torch.testing.assert_close(sebastian.entropy(answers), torch.distributions.Categorical(logits=answers).entropy())
+
+
+def test_sebastian_brings_the_entropy_to_the_originals(original):
+    target = sebastian.entropy(logits(original, RETAIN))
+    far = [
+        F.mse_loss(sebastian.entropy(logits(net, RETAIN)), target)
+        for net in (
+            unlearned(sebastian, original, epochs=5, learning_rate=2e-2, entropy_weight=weight) for weight in (0.0, 3.0)
+        )
+    ]
+    assert far[1] < far[0]
+
+
+def test_sebastian_leaves_values_of_half_precision(original):
+    net = unlearned(sebastian, original, epochs=0.2)
+    for tensor in net.state_dict().values():
+        assert torch.equal(tensor, tensor.half().to(tensor.dtype))
+
+
+# toshi_k
+
+
+def test_toshi_k_transposes_every_kernel(net, original):
+    toshi_k.transpose(net, 1.0, source())
+    kernels, before = convolutions(net), convolutions(original)
+    assert changed(net, original) == {name for name, weight in kernels.items() if weight.shape[2] == 3}
+    for name, weight in kernels.items():
+        assert torch.equal(weight, before[name].transpose(2, 3))
+
+
+def test_toshi_k_transposes_before_training(original):
+    net = unlearned(toshi_k, original, learning_rate=0.0)
+    for name, weight in convolutions(net).items():
+        assert torch.equal(weight, convolutions(original)[name].transpose(2, 3))
+
+
+def test_toshi_k_draws_the_layers_where_it_takes_only_some(original):
+    drawn = []
+    for seed in (0, 1):
+        net = copy.deepcopy(original)
+        toshi_k.transpose(net, 0.5, torch.Generator().manual_seed(seed))
+        drawn.append(changed(net, original))
+    assert [len(names) for names in drawn] == [8, 8]  # of 17 with more than one weight a kernel
+    assert drawn[0] != drawn[1]
+
+
+# amnesiacs
+
+
+def test_amnesiacs_reset_the_first_and_the_last_layer_only(net, original):
+    amnesiacs.reset(net, source())
+    assert changed(net, original) == {"conv1.weight", "fc.weight", "fc.bias"}
+    for parameter, fan_in in ((net.conv1.weight, 27), (net.fc.weight, 32), (net.fc.bias, 32)):
+        assert 0.6 * fan_in**-0.5 < parameter.abs().max() <= fan_in**-0.5
+        assert (parameter > 0).any() and (parameter < 0).any()
+
+
+def test_amnesiacs_imitate_without_labels(net, original):
+    amnesiacs.reset(net, source())
+    images = VALIDATION.images.float()
+    net.train()
+    far = amnesiacs.divergence(net(images), original(images), 5.0)
+    amnesiacs.imitate(net, original, [{"image": images}], amnesiacs.Config(imitation_epochs=30, imitation_rate=3e-2))
+    assert amnesiacs.divergence(net(images), original(images), 5.0) < far / 3
+
+
+def test_amnesiacs_divergence_is_of_softened_outputs():
+    torch.manual_seed(0)
+    answers, target = torch.randn(4, 10), torch.randn(4, 10)
+    p, q = (target / 5).softmax(-1), (answers / 5).softmax(-1)
+    torch.testing.assert_close(amnesiacs.divergence(answers, target, 5.0), (p * (p / q).log()).sum(-1).mean())
+
+
+def test_amnesiacs_fine_tune_on_three_losses(net, original):
+    batch = RETAIN.batch(torch.arange(BATCH))
+    expected = copy.deepcopy(net)
+    answers, target = net(batch["image"]), original(batch["image"]).detach()
+    p, q = (target / 5).softmax(-1), (answers / 5).softmax(-1)
+    loss = F.cross_entropy(answers, batch["age_group"]) - (p * q.log()).sum(-1).mean() + (p * (p / q).log()).sum(-1).mean()
+    gradients = torch.autograd.grad(loss, list(net.parameters()))
+    amnesiacs.fine_tune(net, original, [batch], amnesiacs.Config(epochs=1, learning_rate=1.0, weight_decay=0.0))
+    for before, after, gradient in zip(expected.parameters(), net.parameters(), gradients, strict=True):
+        torch.testing.assert_close(after, before - gradient, rtol=1e-4, atol=1e-5)
+
+
+# sun
+
+
+def test_sun_draws_tensors_and_gives_some_of_them_noise(net, original):
+    names = list(dict(net.named_parameters()))
+    before: set[str] = set()
+    first = sun.choose(net, sun.Config(), source(), before, with_noise=False)
+    drawn = {name for name, chosen in zip(names, first, strict=True) if chosen and "bn" not in name}
+    assert len(drawn) == 9
+    assert drawn == before
+    assert all(chosen for name, chosen in zip(names, first, strict=True) if "bn" in name)
+    assert changed(net, original) == set()
+
+    again = sun.choose(net, sun.Config(), source(), set(), with_noise=True)
+    noisy = changed(net, original)
+    assert again == first and len(noisy) == 6 and noisy < drawn
+    noise = torch.cat([(net.get_parameter(name) - original.get_parameter(name)).flatten() for name in noisy])
+    assert noise.std().item() == pytest.approx(0.04, rel=0.1)
+
+
+def test_sun_gives_no_noise_to_what_was_trained_before(net, original):
+    everything = {name for name, _ in net.named_parameters()}
+    sun.choose(net, sun.Config(), source(), everything, with_noise=True)
+    assert changed(net, original) == set()
+
+
+def test_sun_resets_the_last_layer(net, original):
+    sun.reset(net, source())
+    assert changed(net, original) == {"fc.weight", "fc.bias"}
+    assert net.fc.weight.abs().max() <= 32**-0.5
+
+
+def test_sun_trains_only_what_was_drawn(original, monkeypatch):
+    chosen, choose = [], sun.choose
+    monkeypatch.setattr(sun, "choose", lambda *args, **rest: chosen.append(choose(*args, **rest)) or chosen[-1])
+    net = unlearned(sun, original, rounds=1, last_rates=(), epochs=1, learning_rate=1e-2)
+    names = [name for name, _ in net.named_parameters()]
+    expected = {name for name, trained in zip(names, chosen[0], strict=True) if trained}
+    assert len(chosen) == 1
+    assert changed(net, original) == expected | {"fc.weight", "fc.bias"}
+
+
+def test_sun_draws_anew_in_each_of_five_rounds(original, monkeypatch):
+    chosen, noise, choose = [], [], sun.choose
+
+    def spy(*args, with_noise):
+        noise.append(with_noise)
+        chosen.append(tuple(choose(*args, with_noise=with_noise)))
+        return list(chosen[-1])
+
+    monkeypatch.setattr(sun, "choose", spy)
+    unlearned(sun, original)
+    assert noise == [False, True, True, True, True]
+    assert len(set(chosen)) == 5
+
+
+def test_sun_steps_as_plain_sgd_where_everything_is_trained(net, original):
+    batch = RETAIN.batch(torch.arange(BATCH))
+    sun.train(net, [batch] * 3, 1e-2, None, replace(sun.Config(), weight_decay=0.1))
+    expected = copy.deepcopy(original)
+    optimizer = torch.optim.SGD(expected.parameters(), 1e-2, momentum=0.9, weight_decay=0.1)
+    for _ in range(3):
+        optimizer.zero_grad()
+        F.cross_entropy(expected(batch["image"]), batch["age_group"]).backward()
+        optimizer.step()
+    for one, other in zip(net.parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
