@@ -1,0 +1,108 @@
+"""Builds notebooks/submission.ipynb and tuning.ipynb from the reviewable .py files beside them (jupytext, py:percent).
+
+    python notebooks/build.py            write the notebooks that are out of date
+    python notebooks/build.py --force    also those that were edited by hand: their edits are lost
+
+The same sources give the same bytes. Two cells of submission.py are filled in from unlearning.py: its Config as
+hyperparameters, and the file itself.
+"""
+
+import argparse
+import ast
+import hashlib
+import io
+import json
+import sys
+import tokenize
+from pathlib import Path
+
+import jupytext
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+from evaluator.files import Problem, write_atomically
+
+NOTEBOOKS = ("submission", "tuning")
+
+
+def build(name: str) -> str:
+    """The text of a notebook, without outputs."""
+    method = (HERE.parent / "unlearning.py").read_text()
+    filled_in = {
+        "#: hyperparameters": hyperparameters_cell(method),
+        "#: method": f"#: method\n{method.rstrip()}",
+    }
+    cells = []
+    for cell in jupytext.read(HERE / f"{name}.py", fmt="py:percent").cells:
+        source = filled_in.get(cell.source.splitlines()[0], cell.source)
+        part = {"cell_type": cell.cell_type, "id": f"cell-{len(cells)}", "metadata": {}, "source": source.splitlines(True)}
+        cells.append(part | ({"execution_count": None, "outputs": []} if cell.cell_type == "code" else {}))
+    metadata = {
+        "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+        "language_info": {"name": "python"},
+        "built_from": _digest(cells),
+    }
+    notebook = {"cells": cells, "metadata": metadata, "nbformat": 4, "nbformat_minor": 5}
+    return json.dumps(notebook, indent=1, ensure_ascii=False) + "\n"
+
+
+def hyperparameters_cell(method: str) -> str:
+    """`hyperparameters = dict(field=value, …)` with the comments that stand beside the fields of Config."""
+    config = next(node for node in ast.parse(method).body if isinstance(node, ast.ClassDef) and node.name == "Config")
+    comments = {
+        token.start[0]: token.string
+        for token in tokenize.generate_tokens(io.StringIO(method).readline)
+        if token.type == tokenize.COMMENT
+    }
+    lines = ["#: hyperparameters", "hyperparameters = dict("]
+    previous = config.body[0].end_lineno  # the docstring's
+    for field in config.body[1:]:
+        for line in range(previous + 1, field.lineno):
+            lines.append(f"    {comments[line]}" if line in comments else "")
+        beside = [comments[line] for line in range(field.lineno, field.end_lineno + 1) if line in comments]
+        lines.append("  ".join([f"    {field.target.id}={ast.get_source_segment(method, field.value)},", *beside]))
+        previous = field.end_lineno
+    while not lines[2]:
+        del lines[2]
+    return "\n".join([*lines, ")"])
+
+
+def edited(path: Path) -> bool:
+    """Whether the cells of a built notebook are no longer those that were built."""
+    try:
+        notebook = json.loads(path.read_text())
+        return notebook["metadata"].get("built_from") != _digest(notebook["cells"])
+    except (OSError, ValueError, KeyError) as error:
+        raise Problem(f"{path}: not a readable notebook ({error})") from error
+
+
+def _digest(cells: list[dict]) -> str:
+    return hashlib.sha256("\0".join("".join(cell["source"]).rstrip() for cell in cells).encode()).hexdigest()
+
+
+def write(name: str, force: bool = False) -> Path:
+    """Bring a notebook up to date. Raises Problem where that would lose what somebody changed in it."""
+    path, text = HERE / f"{name}.ipynb", build(name)
+    if path.exists() and path.read_text() == text:
+        return path
+    if path.exists() and edited(path) and not force:
+        raise Problem(f"{path}: was edited by hand; python notebooks/build.py --force replaces it and loses the edits")
+    write_atomically(path, lambda file: file.write(text.encode()))
+    print(f"wrote {path}")
+    return path
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--force", action="store_true", help="replace notebooks that were edited by hand")
+    args = parser.parse_args()
+    try:
+        for name in NOTEBOOKS:
+            if (HERE / f"{name}.py").exists():
+                write(name, args.force)
+    except Problem as problem:
+        sys.exit(f"error: {problem}")
+
+
+if __name__ == "__main__":
+    main()
