@@ -26,7 +26,7 @@ FORGET_WRITER = {"public": 3, "private": 12}
 RECIPE = {
     "width": 4,
     "small_images": True,
-    "epochs": 8,
+    "epochs": 12,
     "batch_size": 32,
     "optimizer": "sgd",
     "learning_rate": 0.1,

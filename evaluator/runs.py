@@ -29,7 +29,7 @@ from evaluator.models import save_network, state_misfit
 from evaluator.notebook import NotebookLoader, method_tree
 from evaluator.pool import Pool
 from evaluator.progress import progress
-from evaluator.training import Recipe, answers, generators, one_thread, original_network, retrain
+from evaluator.training import Recipe, answers, generators, one_thread, original_network, retrain, worker_seconds
 
 # Seeds of the retrained networks start where those of unlearning runs, which are the runs' numbers, never get.
 FIRST_SEED = {"retrained": 1_000_000, "retrained_again": 2_000_000}
@@ -76,10 +76,11 @@ class Method:
 
     @property
     def digest(self) -> str:
-        """Of the code without comments and formatting, so that only what can change a result makes new runs."""
+        """Of the code without comments, formatting and PRESETS: only what can change a result makes new runs."""
         if self.path is None:
             return ""
         tree = method_tree(self.path) if self.path.suffix == ".ipynb" else ast.parse(self.path.read_text())
+        tree.body = [part for part in tree.body if not ast.unparse(part).startswith("PRESETS =")]
         return hashlib.sha256(ast.dump(tree).encode()).hexdigest()
 
     def __call__(self, net: nn.Module, retain: Loader, forget: Loader, validation: Loader) -> object:
@@ -264,7 +265,8 @@ def _unlearn_networks(
     random.seed(task[0])
     np.random.seed(task[0])
     torch.manual_seed(task[0])
-    start = time.perf_counter()
+    device = data.retain.images.device
+    start = worker_seconds(device)
     try:
         with _alarm(time_limit and time_limit * len(task)):
             returned = method(net, *loaders)
@@ -276,9 +278,7 @@ def _unlearn_networks(
         changed = [name for name, part in examples.items() if not part.equals(untouched[name])]
         for name in changed:  # the next runs need what was there
             vars(examples[name]).update(vars(untouched[name]))
-    if data.retain.images.is_cuda:
-        torch.cuda.synchronize()
-    seconds = time.perf_counter() - start
+    seconds = worker_seconds(device) - start
     if changed:
         raise Problem(f"{method.path}: {runs}: unlearning() changed the tensors of the {changed[0]} loader")
     if returned is not None:

@@ -20,6 +20,7 @@ from evaluator.evaluation import HERE, Evaluation
 from evaluator.files import Problem, read_json, write_json
 from evaluator.progress import progress
 from evaluator.runs import Method, seconds_alone, unlearned_pool
+from evaluator.training import seconds_of_retraining
 
 TRIALS, RUNS = 20, 64  # the budget of a method
 DRAWN_AT_RANDOM = 8  # trials, before the sampler starts to learn from them
@@ -56,6 +57,7 @@ def suggest(trial, method: Method) -> dict:
         whole = whole and isinstance(low, int)
         draw = trial.suggest_int if whole else trial.suggest_float
         value = draw(name, low, high, log=bool(log))
+        value = value if whole else float(f"{value:.3g}")  # digits that a person can read
         values[name] = (value,) if isinstance(present, tuple) else value
     return values
 
@@ -95,8 +97,9 @@ def tune(evaluation: Evaluation, method: Method, trials: int = TRIALS) -> dict:
             study.sampler = optuna.samplers.TPESampler(seed=len(finished()), n_startup_trials=DRAWN_AT_RANDOM)
             trial = study.ask()
             tried = dataclasses.replace(method, config=method.config | suggest(trial, method))
+            # Both measured now: a machine's speed changes from minute to minute, the ratio does not.
             cost = seconds_alone(evaluation.setting, evaluation.data, evaluation.recipe, tried, repeats=1)
-            cost /= evaluation.retraining_seconds
+            cost /= seconds_of_retraining(evaluation.data, evaluation.recipe, at_most=0.5)
             if cost > report.COST_LIMIT:
                 study.tell(trial, report.COST_LIMIT - cost)  # below every score: the search turns back
                 continue

@@ -14,13 +14,13 @@ ENSEMBLE = True  # K networks trained as one give what each gives alone
 class Config:
     """Published values; in brackets, what tuning may try (linear, or "log")."""
 
-    epochs: Annotated[float, (0.2, 3.0)] = 1  # over the retain set, parts allowed; the organisers' example
-    learning_rate: Annotated[float, (1e-4, 3e-1, "log")] = 1e-3  # at first; falls to 0 along half a cosine, step by step
+    epochs: Annotated[float, (0.2, 2.5)] = 1  # over the retain set, parts allowed; the organisers' example
+    learning_rate: Annotated[float, (1e-3, 1.0, "log")] = 1e-3  # at first; falls to 0 along half a cosine, step by step
     momentum: float = 0.9
     weight_decay: float = 5e-4
 
 
-PRESETS = {}
+PRESETS = {"digits": Config(epochs=1.13, learning_rate=0.21)}  # make tune, on the public split
 
 
 def unlearning(net, retain_loader, forget_loader, val_loader, config: Config = Config()) -> None:
