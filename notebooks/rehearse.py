@@ -1,0 +1,189 @@
+"""Rehearses Kaggle on this machine: the competition's input folder, the notebook run in it, the zip checked and scored.
+
+    python notebooks/rehearse.py                    8 runs on 240 of the handwritten digits, enlarged to 32 x 32
+    python notebooks/rehearse.py --runs 16 --images 1000 --data my_faces
+
+What is as on Kaggle: the input folder (CSVs, 32 x 32 PNGs, original_model.pth of torchvision's resnet18(num_classes=10),
+age_class_weights.json, no test labels); a fresh process that sees neither the kit nor this shell's environment; no network
+(Python's sockets refuse everything but this machine). What is not: the GPUs, and the number of runs.
+At the end the networks in the zip must be those that `evaluate.py notebooks/submission.ipynb` makes with the same seeds.
+"""
+
+import argparse
+import os
+import shutil
+import sys
+import tempfile
+import time
+import zipfile
+from pathlib import Path
+
+import nbclient
+import nbformat
+import pandas as pd
+import torch
+from torch.nn import functional as F
+from torchvision.io import encode_png
+from torchvision.models import resnet18
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE.parent), str(HERE)]
+import build
+
+import evaluate
+from evaluator.data import Data, Examples, load
+from evaluator.files import Problem, read_json, write_atomically, write_json
+from evaluator.training import Recipe, original_network
+
+# One run at a time, as on Kaggle; a short training, as nobody needs a good network here.
+RECIPE = {"epochs": 4, "learning_rate": 1e-3, "networks_at_once": 1}
+NO_NETWORK = """
+import socket
+
+def only_here(function):
+    def connect(self, address, *rest):
+        if self.family in (socket.AF_INET, socket.AF_INET6) and address[0] not in ("127.0.0.1", "::1", "localhost"):
+            raise OSError(f"no network, as on Kaggle: {address}")
+        return function(self, address, *rest)
+    return connect
+
+socket.socket.connect = only_here(socket.socket.connect)
+socket.socket.connect_ex = only_here(socket.socket.connect_ex)
+"""
+
+
+def make_input(data: Data, folder: Path, images: int, recipe: dict = RECIPE) -> Path:
+    """folder/input as the competition mounts it, of some of a data set's images; folder/data is the same with a recipe,
+    which the evaluator needs to retrain. Returns folder/input."""
+    if data.classes > 10:
+        raise Problem(f"{data.folder}: has {data.classes} classes, the competition's network 10")
+    source, scored = folder / "input", folder / "data"
+    shutil.rmtree(source, ignore_errors=True)
+    shutil.rmtree(scored, ignore_errors=True)
+    shares = {"retain": 0.8, "forget": 0.1, "validation": 0.1}
+    train = []
+    for name, share in shares.items():
+        table = _write_images(getattr(data, name), source / "images", max(2, round(share * images)))
+        _write(source / f"{name}.csv", table.to_csv(index=False).encode())
+        train += table.age_group.tolist() if name != "validation" else []
+    write_json(source / "age_class_weights.json", {str(label): train.count(label) for label in range(10)})
+    shutil.copytree(source, scored)
+    described = {"name": "rehearsal", "image_size": 32, "classes": 10, "recipe": recipe}
+    write_json(scored / "dataset.json", described)
+    prepared = load(scored)
+    original_network(prepared, Recipe.of(prepared))
+    shutil.copy(scored / "original_model.pth", source)
+    return source
+
+
+def _write_images(examples: Examples, folder: Path, count: int) -> pd.DataFrame:
+    rows = torch.linspace(0, len(examples) - 1, min(count, len(examples))).round().long()
+    sized = F.interpolate(examples.images[rows].float(), (32, 32), mode="bilinear").round().to(torch.uint8)
+    ids = [examples.image_ids[row] for row in rows.tolist()]
+    for image_id, image in zip(ids, sized, strict=True):
+        _write(folder / f"{image_id.replace('-', '/', 1)}.png", bytes(encode_png(image)))
+    labels = {name: getattr(examples, name)[rows].numpy() for name in ("age_group", "age", "person_id")}
+    return pd.DataFrame({"image_id": ids, **labels})
+
+
+def _write(path: Path, content: bytes) -> None:
+    write_atomically(path, lambda file: file.write(content))
+
+
+def play(notebook: Path, source: Path, folder: Path, runs: int, **settings: str) -> Path:
+    """Run a notebook from top to bottom as Kaggle would; returns its submission.zip.
+
+    folder: gets tmp/, working/ and the notebook with its outputs. settings: further variables of its environment.
+    Raises Problem with the notebook's own words when it stops.
+    """
+    book = nbformat.read(notebook, as_version=4)
+    kept = {name: os.environ[name] for name in ("PATH", "HOME", "LANG", "SYSTEMROOT", "TEMP") if name in os.environ}
+    with tempfile.TemporaryDirectory() as elsewhere:  # not in the kit, so that the notebook does not find it
+        (Path(elsewhere) / "sitecustomize.py").write_text(NO_NETWORK)
+        places = {"INPUT": source, "TMP": folder / "tmp", "WORKING": folder / "working", "RUNS": runs}
+        env = {**kept, "PYTHONPATH": elsewhere, **{f"REHEARSAL_{name}": str(value) for name, value in places.items()}}
+        client = nbclient.NotebookClient(
+            book, timeout=None, kernel_name="python3", resources={"metadata": {"path": elsewhere}}
+        )
+        try:
+            client.execute(env=env | settings)
+        except nbclient.exceptions.CellExecutionError as error:
+            raise Problem(f"{notebook}: {error.evalue or error.ename}") from None
+        finally:
+            _write(folder / "submission.ipynb", nbformat.writes(book).encode())
+    return folder / "working" / "submission.zip"
+
+
+def check_zip(path: Path, runs: int) -> None:
+    """Exactly the float16 checkpoints 0 to runs - 1, each loading into the competition's network."""
+    net = resnet18(num_classes=10)
+    with zipfile.ZipFile(path) as archive:
+        expected = [f"kaggle/tmp/unlearned_checkpoint_{run}.pth" for run in range(runs)]
+        if archive.namelist() != expected:
+            raise Problem(f"{path}: holds {len(archive.namelist())} entries, not exactly {expected[0]} to {expected[-1]}")
+        for entry in expected:
+            with archive.open(entry) as file:
+                state = torch.load(file, weights_only=True)
+            wide = [name for name, tensor in state.items() if tensor.is_floating_point() and tensor.dtype != torch.float16]
+            if wide:
+                raise Problem(f"{path}: {entry}: '{wide[0]}' is {state[wide[0]].dtype}, not float16")
+            net.load_state_dict(state)
+
+
+def compare(path: Path, networks: Path, runs: int) -> None:
+    """The zip's networks are, to the last bit of float16, those in `networks`."""
+    with zipfile.ZipFile(path) as archive:
+        for run in range(runs):
+            with archive.open(f"kaggle/tmp/unlearned_checkpoint_{run}.pth") as file:
+                uploaded = torch.load(file, weights_only=True)
+            scored = torch.load(networks / f"network_{run:05d}.pth", weights_only=True)
+            for name, tensor in scored.items():
+                if not torch.equal(tensor.to(uploaded[name].dtype), uploaded[name]):
+                    raise Problem(f"run {run}: '{name}' in {path} is not what the evaluator makes with the same seed")
+
+
+def rehearse(data: str, split: str, runs: int, images: int, results: Path) -> None:
+    start = time.perf_counter()
+
+    def say(text: str) -> None:
+        print(f"[{time.perf_counter() - start:4.0f} s] {text}", flush=True)
+
+    folder = results / "rehearsal"
+    notebook = build.write("submission")
+    source = make_input(load(Path(data) if Path(data).is_dir() else HERE.parent / "data" / data, split), folder, images)
+    say(f"{source}: {', '.join(sorted(path.name for path in source.iterdir()))}")
+    for name in ("tmp", "working"):
+        shutil.rmtree(folder / name, ignore_errors=True)
+    archive = play(notebook, source, folder, runs)
+    check_zip(archive, runs)
+    say(f"{archive}: {runs} float16 checkpoints, each loads into resnet18(num_classes=10)")
+
+    common = ["--data", str(folder / "data"), "--runs", str(runs), "--results", str(results)]
+    scored = results / "rehearsal" / "kaggle"
+    for arguments in (["--checkpoints", str(archive)], [str(notebook), "--keep-networks"]):
+        if evaluate.main([*arguments, *common]):
+            raise Problem("the rehearsal's networks could not be scored; the line above says why")
+    summaries = {name: read_json(scored / name / "summary.json") for name in ("submission.zip", "submission")}
+    compare(archive, scored / "submission" / summaries["submission"]["made_of"]["unlearned"], runs)
+    uploaded, direct = (summaries[name]["score"] for name in ("submission.zip", "submission"))
+    if abs(uploaded - direct) > 0.02:
+        raise Problem(f"{archive} scores {uploaded:.4f}, the same seeds scored directly {direct:.4f}")
+    say(f"networks equal in float16; score from the zip {uploaded:.4f}, directly {direct:.4f} (N = {runs}: no measure)")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", default="digits", help="a name under data/, or any folder in that layout")
+    parser.add_argument("--split", default="public", help="public or private")
+    parser.add_argument("--runs", type=int, default=8, help="networks to make (default: 8; Kaggle's 512)")
+    parser.add_argument("--images", type=int, default=240, help="images of the input folder (default: 240)")
+    parser.add_argument("--results", type=Path, default=Path("results"), help="where everything is kept")
+    args = parser.parse_args()
+    try:
+        rehearse(args.data, args.split, args.runs, args.images, args.results.resolve())
+    except Problem as problem:
+        sys.exit(f"error: {problem}")
+
+
+if __name__ == "__main__":
+    main()
