@@ -28,7 +28,7 @@ import numpy as np
 
 
 def draw_method(cycles=3, tensors=6, runs=3, seed=4):
-    """What is re-initialised in each cycle of a few runs: one square a parameter tensor of a ResNet-18, from input to output."""
+    """What is re-initialised in each cycle of a few runs: a square a parameter tensor, from input to output."""
     stages = {"stem": 3, "layer 1": 12, "layer 2": 15, "layer 3": 15, "layer 4": 15, "fc": 2}
     ends = np.cumsum(list(stages.values()))
     kept = {start + tensor for start in ends[1:4] for tensor in (6, 7, 8)} | {60, 61}  # shortcuts and fc
@@ -40,10 +40,8 @@ def draw_method(cycles=3, tensors=6, runs=3, seed=4):
             broken = set(rng.choice(drawable, tensors))
             colours = ["#d1495b" if tensor in broken else "#c9c9c9" if tensor in kept else "#9db8d2" for tensor in range(62)]
             ax.barh([-2 * cycle] * 62, [0.8] * 62, left=np.arange(62), height=0.8, color=colours)
-            if cycle:
-                ax.annotate("", (31, 0.5 - 2 * cycle), (31, 1.5 - 2 * cycle), arrowprops={"arrowstyle": "->", "color": "#444444"})
-            ax.text(33, -2 * cycle - 1, "remember: back to the original's outputs on retain", va="center", ha="center",
-                    fontsize=6.5, color="#444444", bbox={"facecolor": "white", "edgecolor": "none", "pad": 1})
+            remember = "↓  remember: back to the original's outputs on retain"
+            ax.text(31, -2 * cycle - 1, remember, va="center", ha="center", fontsize=6.5, color="#444444")
         ax.set(title=f"run {run}", yticks=[-2 * cycle for cycle in range(cycles)], ylim=(-2 * cycles + 0.4, 0.7))
         ax.set_yticklabels([f"cycle {cycle + 1}" for cycle in range(cycles)])
         ax.set_xticks([end - size / 2 for end, size in zip(ends, stages.values())], stages, fontsize=6.5, rotation=20)
@@ -81,8 +79,8 @@ unlearning.__defaults__ = (config,)
 
 # %% [markdown]
 # ## The submission
-# 512 runs, each with its own seed, from `original_model.pth` to a float16 checkpoint, on every GPU at once. A restart goes on
-# where it was: whole checkpoints are kept, others are made again.
+# 512 runs, each with its own seed, from `original_model.pth` to a float16 checkpoint, on every GPU at once. A restart
+# goes on where it was: whole checkpoints are kept, others are made again.
 
 # %%
 #: the competition's files
@@ -109,7 +107,9 @@ def input_folder() -> Path:
     places = [os.environ["REHEARSAL_INPUT"]] if "REHEARSAL_INPUT" in os.environ else MOUNTS
     found = [Path(place) for place in places if Path(place).is_dir()]
     if not found:
-        raise SystemExit(f"the competition's data is not at {' nor at '.join(places)}: add it with Add Input > {COMPETITION}")
+        raise SystemExit(
+            f"the competition's data is not at {' nor at '.join(places)}: add it with Add Input > {COMPETITION}"
+        )
     return found[0]
 
 
@@ -136,7 +136,9 @@ class Faces(Dataset):
             try:
                 return decode_image(read_file(str(folder / "images" / path)), ImageReadMode.RGB)
             except RuntimeError as error:
-                raise SystemExit(f"{folder / 'images' / path}: not a readable image ({str(error).splitlines()[0]})") from None
+                raise SystemExit(
+                    f"{folder / 'images' / path}: not a readable image ({str(error).splitlines()[0]})"
+                ) from None
 
         with ThreadPoolExecutor(8) as threads:
             self.images = torch.stack(list(threads.map(image, table.path))).to(device)
@@ -391,14 +393,18 @@ def follow(said: queue.Queue, processes: list, devices: list[str], todo: int) ->
                 f"TIME_BUDGET_HOURS is {TIME_BUDGET_HOURS:g}; use fewer epochs or a faster accelerator; {kept}"
             )
         if line and line.startswith("done ") and (len(seconds) == 2 * len(devices) or len(seconds) % 32 == 0):
-            print(f"{len(seconds)} of {todo} runs, {one:.1f} s each: {elapsed / 3600:.2f} h of about {total:.2f} h", flush=True)
+            print(
+                f"{len(seconds)} of {todo} runs, {one:.1f} s each: {elapsed / 3600:.2f} h of about {total:.2f} h", flush=True
+            )
 
 
 def move_into_zip(archive: Path) -> None:
     """Each checkpoint is removed when it is safely in the zip, so that no more than one is on the disk twice."""
     absent = [run for run in range(RUNS) if not checkpoint(run).exists()]
     if absent:
-        raise SystemExit(f"{RUNS - len(absent)} checkpoints instead of {RUNS}: {checkpoint(absent[0])} is missing; run again")
+        raise SystemExit(
+            f"{RUNS - len(absent)} checkpoints instead of {RUNS}: {checkpoint(absent[0])} is missing; run again"
+        )
     part = archive.with_suffix(".part")
     try:
         with part.open("w+b") as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as entries:
@@ -411,7 +417,9 @@ def move_into_zip(archive: Path) -> None:
         part.replace(archive)
     except OSError as error:
         put_back(part)
-        raise SystemExit(f"{archive}: cannot be written ({error.strerror}); the checkpoints are back in {CHECKPOINTS}") from None
+        raise SystemExit(
+            f"{archive}: cannot be written ({error.strerror}); the checkpoints are back in {CHECKPOINTS}"
+        ) from None
 
 
 def put_back(part: Path) -> None:
@@ -448,8 +456,9 @@ else:
 # %% [markdown]
 # ## The score on this machine
 # Where the kit is at hand (this notebook lies in it), the method as it stands in this notebook is scored as the competition
-# does it, on a small data set and with few runs: the histograms of the confidence in the true class should look like those of
-# the retrained networks. Never compare scores of different numbers of runs, and tune for a data set on that data set.
+# does it, on a small data set and with few runs: the histograms of the confidence in the true class should look like
+# those of the retrained networks. Never compare scores of different numbers of runs, and
+# tune for a data set on that data set.
 
 # %%
 LOCAL_DATA = os.environ.get("REHEARSAL_DATA", "digits")
@@ -458,10 +467,11 @@ LOCAL_RUNS = int(os.environ.get("REHEARSAL_LOCAL_RUNS", 32))
 
 def score_here(kit: Path) -> None:
     sys.path.insert(0, str(kit))
+    from IPython.display import Image, display
+
     from evaluator.evaluation import Evaluation
     from evaluator.files import Problem, write_atomically
     from evaluator.runs import Method
-    from IPython.display import Image, display
 
     script = kit / "results" / "notebook.py"
     write_atomically(script, lambda file: file.write(code_for_workers().encode()))
@@ -470,13 +480,17 @@ def score_here(kit: Path) -> None:
         summary = evaluation.score(Method.read(script))
     except Problem as problem:
         raise SystemExit(str(problem)) from None
-    print(f"{evaluation.title}: score {summary['score']:.4f}, forgetting quality {summary['forgetting_quality']:.4f}, "
-          f"a run costs {summary['fraction_of_retraining']:.0%} of a retraining")
+    print(
+        f"{evaluation.title}: score {summary['score']:.4f}, forgetting quality {summary['forgetting_quality']:.4f}, "
+        f"a run costs {summary['fraction_of_retraining']:.0%} of a retraining"
+    )
     for figure in ("forget_confidences.png", "retain_confidences.png"):
         display(Image(evaluation.results / "notebook" / figure, width=600))
 
 
-kit = next((folder for folder in [Path.cwd(), *Path.cwd().parents] if (folder / "evaluator" / "evaluation.py").exists()), None)
+kit = next(
+    (folder for folder in [Path.cwd(), *Path.cwd().parents] if (folder / "evaluator" / "evaluation.py").exists()), None
+)
 if kit:
     score_here(kit)
 else:
