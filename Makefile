@@ -1,4 +1,7 @@
 # make evaluate            score unlearning.py beside the baselines; RUNS=64 for a first impression
+# make notebook            notebooks/*.ipynb from unlearning.py and their sources
+# make rehearse            Kaggle on this machine: the notebook run in it, its submission.zip checked and scored
+# make submit              upload the notebook and submit it; DRY=1 prints the commands instead
 # make test                lint and tests
 # Every target sets up what it needs; VENV=/path/to/environment uses one that exists.
 
@@ -10,13 +13,22 @@ SPLIT ?= public
 METHODS ?=
 RUN := $(VENV)/bin/python
 
-.PHONY: evaluate test lint format clean
+.PHONY: evaluate test lint format clean notebook rehearse submit
 
 evaluate: $(VENV)/.ready data/digits/dataset.json
 	$(RUN) evaluate.py $(METHODS) --data $(DATA) --split $(SPLIT) --runs $(RUNS)
 
 test: $(VENV)/.ready-dev lint
 	$(RUN) -m pytest -q
+
+notebook: $(VENV)/.ready-dev
+	$(RUN) notebooks/build.py
+
+rehearse: $(VENV)/.ready-dev data/digits/dataset.json
+	$(RUN) notebooks/rehearse.py --data $(DATA) --split $(SPLIT)
+
+submit: $(VENV)/.ready-dev
+	$(RUN) notebooks/submit.py $(if $(DRY),--dry-run)
 
 lint: $(VENV)/.ready-dev
 	$(RUN) -m ruff check .

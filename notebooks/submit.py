@@ -1,0 +1,196 @@
+"""Uploads notebooks/submission.ipynb to Kaggle, waits for its run, and submits it to the competition.
+
+    python notebooks/submit.py --dry-run            check everything, print every command, send nothing
+    python notebooks/submit.py -m "8 tensors"       do it
+
+The run that the upload starts only checks the notebook (the competition puts empty.txt into its input and takes an empty
+zip); the 512 networks are made when Kaggle runs the submitted version again. Everything goes through Kaggle's own command.
+"""
+
+import argparse
+import ast
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE.parent), str(HERE)]
+import build
+
+from evaluator.files import Problem, write_atomically, write_json
+
+COMPETITION = "neurips-2023-machine-unlearning"
+ON_KAGGLE = {"torch", "torchvision", "numpy", "pandas", "matplotlib", "IPython"}  # what the notebook may import there
+KIT = {"evaluator"}  # imported only where the kit is at hand
+DEMANDED = {
+    "code_file": "submission.ipynb",
+    "language": "python",
+    "kernel_type": "notebook",
+    "is_private": True,
+    "enable_gpu": True,
+    "enable_internet": False,  # must be said: the command's default is true
+    "machine_shape": "NvidiaTeslaT4",  # two of them; a P100 does not work with today's torch
+    "competition_sources": [COMPETITION],
+}
+NO_CREDENTIALS = """no Kaggle credentials: do one of these, then run this again
+  - https://www.kaggle.com/settings/api > Generate New Token, and save it as ~/.kaggle/access_token (chmod 600)
+  - or set KAGGLE_API_TOKEN to it, or KAGGLE_USERNAME and KAGGLE_KEY to those of an older kaggle.json
+  - or run: kaggle auth login
+and accept the rules at https://www.kaggle.com/competitions/neurips-2023-machine-unlearning/rules once"""
+
+
+def check_metadata(path: Path) -> dict:
+    """kernel-metadata.json, complete and right. Raises Problem naming the first key that is not."""
+    try:
+        metadata = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise Problem(f"{path}: not readable JSON ({error})") from error
+    for key, value in DEMANDED.items():
+        if metadata.get(key) != value:
+            said = json.dumps(metadata[key]) if key in metadata else "missing"
+            raise Problem(f"{path}: {key} is {said}, it must be {json.dumps(value)}")
+    title, slug = metadata.get("title", ""), metadata.get("id", "").partition("/")[2]
+    if not 5 <= len(title) <= 50:
+        raise Problem(f"{path}: title {title!r} has {len(title)} characters, Kaggle takes 5 to 50")
+    slugified = re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-")
+    if slug != slugified:
+        raise Problem(f"{path}: id ends in {slug!r}, the title makes it {slugified!r}; Kaggle would make a second notebook")
+    return metadata
+
+
+def check_notebook(path: Path) -> None:
+    """The one file that is uploaded holds all the code, imports only what Kaggle has, and carries no outputs."""
+    try:
+        cells = json.loads(path.read_text())["cells"]
+        code = [cell for cell in cells if cell["cell_type"] == "code"]
+        trees = [ast.parse("".join(cell["source"])) for cell in code]
+    except (OSError, ValueError, KeyError, SyntaxError) as error:
+        raise Problem(f"{path}: not a readable notebook ({error})") from error
+    for number, cell in enumerate(code, 1):
+        if cell["outputs"]:
+            raise Problem(f"{path}: code cell {number} has outputs; clear them")
+    imported = {
+        name.split(".")[0]
+        for tree in trees
+        for node in ast.walk(tree)
+        for name in ([node.module] if isinstance(node, ast.ImportFrom) else [a.name for a in getattr(node, "names", [])])
+        if isinstance(node, ast.Import | ast.ImportFrom)
+    }
+    foreign = sorted(imported - ON_KAGGLE - KIT - set(sys.stdlib_module_names))
+    if foreign:
+        raise Problem(f"{path}: imports {', '.join(foreign)}, which is neither in this one file nor counted on at Kaggle")
+    defined = {node.name for tree in trees for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+    for name in ("Config", "unlearning", "make_submission"):
+        if name not in defined:
+            raise Problem(f"{path}: no cell defines {name}")
+
+
+def kaggle(*arguments: str) -> str:
+    """Run Kaggle's command; returns what it printed. Raises Problem with its last line when it fails.
+
+    Never imported: `import kaggle` alone logs in, and some versions end the process when that fails."""
+    done = subprocess.run(
+        [sys.executable, "-m", "kaggle", *arguments], capture_output=True, text=True, stdin=subprocess.DEVNULL
+    )
+    said = f"{done.stdout}\n{done.stderr}".strip()
+    if done.returncode:
+        raise Problem(f"{shlex.join(['kaggle', *arguments])}: {said.splitlines()[-1] if said else 'failed'}")
+    return said
+
+
+def user_name() -> str:
+    """Of the account that Kaggle's command would use."""
+    try:
+        found = re.search(r"^- username: (\S+)$", kaggle("config", "view"), re.MULTILINE)
+    except Problem as problem:
+        raise Problem(NO_CREDENTIALS if "uthenticat" in str(problem) or "KAGGLE" in str(problem) else str(problem)) from None
+    if found is None or found[1] == "None":
+        raise Problem(NO_CREDENTIALS)
+    return found[1]
+
+
+def push(folder: Path) -> str:
+    """Upload; returns the version's number. The command exits with 0 also where Kaggle refused."""
+    said = kaggle("kernels", "push", "-p", str(folder))
+    version = re.search(r"Kernel version (\d+) successfully pushed", said)
+    if version is None or "not valid" in said:
+        raise Problem(f"kaggle kernels push: {' '.join(said.split())}")
+    print(said)
+    return version[1]
+
+
+def wait_for(kernel: str, seconds: float) -> None:
+    """Until the run is complete. Raises Problem when it fails."""
+    status = ""
+    while status != "COMPLETE":
+        said = kaggle("kernels", "status", kernel)
+        found = re.search(r'has status "(?:KernelWorkerStatus\.)?(\w+)"', said)
+        if found is None:
+            raise Problem(f"kaggle kernels status {kernel}: {said}")
+        if found[1].upper() != status:
+            status = found[1].upper()
+            print(f"{time.strftime('%H:%M')} {kernel}: {status.lower()}", flush=True)
+        if status in ("ERROR", "CANCEL_ACKNOWLEDGED", "CANCEL_REQUESTED", "NEW_SCRIPT_ERROR"):
+            raise Problem(
+                f"the run on Kaggle ended with {status.lower()}: kaggle kernels logs {kernel} ({' '.join(said.split())})"
+            )
+        if status != "COMPLETE":
+            time.sleep(seconds)
+
+
+def submit(message: str, staging: Path, seconds: float, dry_run: bool) -> None:
+    notebook = HERE / "submission.ipynb"
+    if notebook.exists() and build.edited(notebook):
+        print(f"{notebook} was edited by hand: it is submitted as it is")
+    else:
+        build.write("submission")
+    check_notebook(notebook)
+    metadata = check_metadata(HERE / "kernel-metadata.json")
+    try:
+        user = user_name()
+    except Problem as problem:
+        if not dry_run:
+            raise
+        print(f"{problem}\n")
+        user = os.environ.get("KAGGLE_USERNAME", "USER")
+    kernel = f"{user}/{metadata['id'].partition('/')[2]}"
+    write_json(staging / "kernel-metadata.json", metadata | {"id": kernel})
+    write_atomically(staging / metadata["code_file"], lambda file: file.write(notebook.read_bytes()))
+    print(f"{staging}: {', '.join(sorted(path.name for path in staging.iterdir()))}, checked")
+
+    def command(version: str) -> list[str]:
+        return ["competitions", "submit", COMPETITION, "-f", "submission.zip", "-k", kernel, "-v", version, "-m", message]
+
+    if dry_run:
+        print("would run, where VERSION is what the first prints and the second is repeated until it says COMPLETE:")
+        for arguments in (["kernels", "push", "-p", str(staging)], ["kernels", "status", kernel], command("VERSION")):
+            print(f"  kaggle {shlex.join(arguments)}")
+        return
+    version = push(staging)
+    wait_for(kernel, seconds)
+    print(kaggle(*command(version)))
+    print(f"see: kaggle competitions submissions {COMPETITION}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("-m", "--message", default="forget and remember", help="what to call the submission")
+    parser.add_argument("--dry-run", action="store_true", help="check, and print the commands instead of running them")
+    parser.add_argument("--every", type=float, default=60, metavar="SECONDS", help="how often to ask how the run goes")
+    parser.add_argument("--staging", type=Path, default=Path("results/kaggle"), help="the folder that is pushed")
+    args = parser.parse_args()
+    try:
+        submit(args.message, args.staging, args.every, args.dry_run)
+    except Problem as problem:
+        sys.exit(f"error: {problem}")
+    except KeyboardInterrupt:
+        sys.exit("\ninterrupted; a run that was pushed goes on at Kaggle")
+
+
+if __name__ == "__main__":
+    main()
