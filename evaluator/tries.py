@@ -77,4 +77,7 @@ class Tries:
             figures.append(report.epsilon_histogram(table.epsilon.to_numpy(), runs))
             axes = figures[-1].axes[0]
             axes.set_title(f"{name}: score {scores['score']:.4f}, F {scores['forgetting_quality']:.4f}")
+        top = max(figure.axes[0].get_ylim()[1] for figure in figures[2:])
+        for figure in figures[2:]:  # to be compared by eye
+            figure.axes[0].set_ylim(0, top)
         return figures

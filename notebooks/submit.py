@@ -98,6 +98,8 @@ def kaggle(*arguments: str) -> str:
         [sys.executable, "-m", "kaggle", *arguments], capture_output=True, text=True, stdin=subprocess.DEVNULL
     )
     said = f"{done.stdout}\n{done.stderr}".strip()
+    if "Authentication required" in said:
+        raise Problem(NO_CREDENTIALS)
     if done.returncode:
         raise Problem(f"{shlex.join(['kaggle', *arguments])}: {said.splitlines()[-1] if said else 'failed'}")
     return said
@@ -105,10 +107,7 @@ def kaggle(*arguments: str) -> str:
 
 def user_name() -> str:
     """Of the account that Kaggle's command would use."""
-    try:
-        found = re.search(r"^- username: (\S+)$", kaggle("config", "view"), re.MULTILINE)
-    except Problem as problem:
-        raise Problem(NO_CREDENTIALS if "uthenticat" in str(problem) or "KAGGLE" in str(problem) else str(problem)) from None
+    found = re.search(r"^- username: (\S+)$", kaggle("config", "view"), re.MULTILINE)
     if found is None or found[1] == "None":
         raise Problem(NO_CREDENTIALS)
     return found[1]
@@ -135,10 +134,8 @@ def wait_for(kernel: str, seconds: float) -> None:
         if found[1].upper() != status:
             status = found[1].upper()
             print(f"{time.strftime('%H:%M')} {kernel}: {status.lower()}", flush=True)
-        if status in ("ERROR", "CANCEL_ACKNOWLEDGED", "CANCEL_REQUESTED", "NEW_SCRIPT_ERROR"):
-            raise Problem(
-                f"the run on Kaggle ended with {status.lower()}: kaggle kernels logs {kernel} ({' '.join(said.split())})"
-            )
+        if status in ("ERROR", "CANCEL_REQUESTED", "CANCEL_ACKNOWLEDGED"):
+            raise Problem(f"{' '.join(said.split())}; its log: kaggle kernels logs {kernel}")
         if status != "COMPLETE":
             time.sleep(seconds)
 
@@ -168,12 +165,16 @@ def submit(message: str, staging: Path, seconds: float, dry_run: bool) -> None:
 
     if dry_run:
         print("would run, where VERSION is what the first prints and the second is repeated until it says COMPLETE:")
-        for arguments in (["kernels", "push", "-p", str(staging)], ["kernels", "status", kernel], command("VERSION")):
+        push_it, ask = ["kernels", "push", "-p", str(staging)], ["kernels", "status", kernel]
+        for arguments in (push_it, ask, command("VERSION")):
             print(f"  kaggle {shlex.join(arguments)}")
         return
     version = push(staging)
     wait_for(kernel, seconds)
-    print(kaggle(*command(version)))
+    said = kaggle(*command(version))
+    if "Could not" in said:
+        raise Problem(f"kaggle competitions submit: {' '.join(said.split())}")
+    print(said)
     print(f"see: kaggle competitions submissions {COMPETITION}")
 
 
