@@ -235,10 +235,23 @@ def test_fanchuan_contrast_evens_out_the_similarities(original):
     assert loss[1] < 0.9 * loss[0]
 
 
-def test_fanchuan_alternates_small_forget_and_large_retain_batches(net):
+def test_fanchuan_contrast_takes_the_retain_outputs_as_they_are(net, original):
+    original = copy.deepcopy(original).train()
+    forget_logits, retain_logits = original(FORGET.images.float()), original(RETAIN.images.float()).detach()
+    loss = fanchuan.contrastive_loss(forget_logits, retain_logits, 1.15)
+    gradients = torch.autograd.grad(loss, list(original.parameters()))
+    parts = [DataLoader(part, 20, shuffle=True) for part in (RETAIN, FORGET, VALIDATION)]
+    only_one_step = dict(rounds=1, uniform_rate=0.0, repair_rate=0.0, repair_decay=0.0, retain_batch=3)
+    fanchuan.unlearning(net, *parts, fanchuan.Config(contrast_rate=1.0, **only_one_step))
+    for before, after, gradient in zip(original.parameters(), net.parameters(), gradients, strict=True):
+        torch.testing.assert_close(after, before - gradient, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("loader", [Loader, DataLoader])
+def test_fanchuan_alternates_small_forget_and_large_retain_batches(loader, net):
     sizes = []
     net.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
-    parts = [DataLoader(part, 5, shuffle=True) for part in (RETAIN, FORGET, VALIDATION)]
+    parts = [loader(part, 5, shuffle=True) for part in (RETAIN, FORGET, VALIDATION)]
     fanchuan.unlearning(net, *parts, fanchuan.Config(rounds=2, epochs=2))
     contrast = [5, 20] * 3  # as many pairs as there are retain batches, of which there are fewer
     assert sizes == [5] * 4 + 2 * (contrast + [20] * 3)
