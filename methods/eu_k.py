@@ -1,0 +1,92 @@
+"""EU-k, exact unlearning: re-initialise the last blocks and train them on the retain set; leave the rest as it is.
+
+From Goel et al. (2022); rates and epochs as Kurmanji et al. (NeurIPS 2023) run it as a baseline. Not scored in the
+competition. What is kept is kept to the bit, batch norm statistics included. Our choice: blocks are residual blocks, and
+the learning rate drops after parts of the steps, not of the epochs.
+"""
+
+from dataclasses import dataclass
+from itertools import chain, islice, repeat
+from typing import Annotated
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+ENSEMBLE = True  # K networks trained as one give what each gives alone
+
+
+@dataclass(frozen=True)
+class Config:
+    """Published values; in brackets, what tuning may try (linear, or "log")."""
+
+    blocks: Annotated[int, (1, 7)] = 2  # residual blocks reset, from the last one, besides fc (our choice: a stage)
+    epochs: Annotated[float, (0.2, 2.5)] = 10  # over the retain set, parts allowed
+    learning_rate: Annotated[float, (1e-3, 0.5, "log")] = 0.01
+    drops: tuple[float, ...] = (0.5, 0.8, 0.9)  # the learning rate falls to a tenth after these parts of the steps
+    momentum: float = 0.9
+    weight_decay: float = 5e-4  # (our choice, the starting kit's)
+
+
+PRESETS = {}
+
+
+def unlearning(net, retain_loader, forget_loader, val_loader, config: Config = Config()) -> None:
+    members = getattr(net, "members", [net])  # K networks trained as one, or the one there is
+    generators = getattr(net, "generators", [None])  # where each draws its randomness; None: torch's global generator
+    trained = last_blocks(members[0], config.blocks)
+    for member, generator in zip(members, generators, strict=True):
+        reset(member, trained, generator)
+    train(net, members[0], trained, retain_loader, config)
+
+
+def last_blocks(net: nn.Module, count: int) -> tuple[str, ...]:
+    """How the names of all that is trained begin: the last residual blocks, and fc."""
+    stages = [(name, stage) for name, stage in net.named_children() if isinstance(stage, nn.Sequential)]
+    blocks = [f"{name}.{index}." for name, stage in stages for index in range(len(stage))]
+    return (*blocks[max(0, len(blocks) - count) :], "fc.")
+
+
+@torch.no_grad()
+def reset(net: nn.Module, chosen: tuple[str, ...], generator: torch.Generator | None) -> None:
+    """Re-initialise the chosen layers as torchvision's ResNet is initialised, in place."""
+    for name, layer in net.named_modules():
+        if not f"{name}.".startswith(chosen):
+            continue
+        if isinstance(layer, nn.Conv2d):
+            nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu", generator=generator)
+        elif isinstance(layer, nn.Linear):
+            for parameter in layer.parameters():
+                parameter.uniform_(-(layer.in_features**-0.5), layer.in_features**-0.5, generator=generator)
+        elif isinstance(layer, nn.BatchNorm2d):
+            layer.reset_parameters()  # and statistics
+
+
+def train(net: nn.Module, member: nn.Module, trained: tuple[str, ...], loader, config: Config) -> None:
+    """Cross-entropy on what is trained alone. member: one of the networks; its parameters come in the order of the net's."""
+    device = next(net.parameters()).device
+    names = [name for name, _ in member.named_parameters()]
+    parameters = [part for name, part in zip(names, net.parameters(), strict=True) if name.startswith(trained)]
+    frozen = [part for name, part in zip(names, net.parameters(), strict=True) if not name.startswith(trained)]
+    norms = [name for name, layer in member.named_modules() if isinstance(layer, nn.BatchNorm2d)]
+    layers = [layer for layer in net.modules() if isinstance(layer, nn.BatchNorm2d)]
+
+    steps = max(1, round(config.epochs * len(loader)))
+    optimizer = torch.optim.SGD(
+        parameters, lr=config.learning_rate, momentum=config.momentum, weight_decay=config.weight_decay, fused=True
+    )
+    net.train()
+    for name, layer in zip(norms, layers, strict=True):
+        layer.train(name.startswith(trained))
+    for part in frozen:
+        part.requires_grad_(False)
+    for done, batch in enumerate(islice(chain.from_iterable(repeat(loader)), steps)):
+        drops = sum(done >= part * steps for part in config.drops)
+        optimizer.param_groups[0]["lr"] = config.learning_rate * 0.1**drops
+        loss = F.cross_entropy(net(batch["image"].to(device)), batch["age_group"].to(device))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    for part in frozen:
+        part.requires_grad_(True)
+    net.eval()

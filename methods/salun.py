@@ -1,0 +1,92 @@
+"""SalUn: random labels on the forget set, changing only the weights that matter to it.
+
+From Fan et al. (ICLR 2024). The salient half of the weights, by the gradient of the loss on the forget set, is trained:
+in each round on the forget set with random labels, then on the retain set. The other half is kept to the bit. Not scored
+in the competition. Our choice: the rounds share the epochs, which need not be whole, and the learning rate may fall.
+"""
+
+from dataclasses import dataclass
+from itertools import chain, islice, repeat
+from typing import Annotated
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+ENSEMBLE = True  # K networks trained as one give what each gives alone
+
+
+@dataclass(frozen=True)
+class Config:
+    """Published values; in brackets, what tuning may try (linear, or "log")."""
+
+    share: Annotated[float, (0.05, 0.95)] = 0.5  # of the weights, that are trained
+    rounds: Annotated[int, (1, 4)] = 10  # of forgetting and repairing
+    epochs: Annotated[float, (0.2, 1.3)] = 10  # over the retain set, in all rounds together, parts allowed
+    forget_epochs: Annotated[float, (0.25, 2.0)] = 1  # over the forget set, in each round
+    learning_rate: Annotated[float, (1e-3, 0.3, "log")] = 0.1
+    decay: Annotated[float, (0.0, 1.0)] = 0.0  # the part of the learning rate lost by the end (published: none)
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+
+
+PRESETS = {}
+
+
+def unlearning(net, retain_loader, forget_loader, val_loader, config: Config = Config()) -> None:
+    device = next(net.parameters()).device
+    members = getattr(net, "members", [net])  # K networks trained as one, or the one there is
+    generators = getattr(net, "generators", [None])  # where each draws its randomness; None: torch's global generator
+    classes = members[0].fc.out_features
+    masks = salient(net, forget_loader, config.share, len(members))
+    optimizer = torch.optim.SGD(net.parameters(), lr=config.learning_rate, momentum=config.momentum, fused=True)
+    retain_batches, forget_batches = (chain.from_iterable(repeat(loader)) for loader in (retain_loader, forget_loader))
+    steps = max(config.rounds, round(config.epochs * len(retain_loader)))
+    forget_steps = max(1, round(config.forget_epochs * len(forget_loader)))
+    net.train()
+    for turn in range(config.rounds):
+        start, end = (steps * part // config.rounds for part in (turn, turn + 1))
+        forget = ((start, batch, True) for batch in islice(forget_batches, forget_steps))
+        repair = ((done, batch, False) for done, batch in enumerate(islice(retain_batches, end - start), start))
+        for done, batch, forgetting in chain(forget, repair):
+            optimizer.param_groups[0]["lr"] = config.learning_rate * (1 - config.decay * done / steps)
+            labels = batch["age_group"].to(device)
+            if forgetting:
+                labels = random_labels(labels, classes, generators)
+            optimizer.zero_grad()
+            F.cross_entropy(net(batch["image"].to(device)), labels).backward()
+            for parameter, mask in zip(net.parameters(), masks, strict=True):
+                # Weight decay belongs in here, or it would move the weights that are kept.
+                parameter.grad.add_(parameter.detach(), alpha=config.weight_decay).mul_(mask)
+            optimizer.step()
+    net.eval()
+
+
+def salient(net: nn.Module, forget_loader, share: float, size: int = 1) -> list[Tensor]:
+    """1 for the `share` of each network's weights with the largest gradients on the forget set, 0 for the rest.
+
+    A weight without any gradient is never among them. size: how many networks are trained as one.
+    """
+    device = next(net.parameters()).device
+    parameters = list(net.parameters())
+    totals = [torch.zeros_like(parameter) for parameter in parameters]
+    net.eval()
+    for batch in forget_loader:
+        loss = F.cross_entropy(net(batch["image"].to(device)), batch["age_group"].to(device))
+        for total, gradient in zip(totals, torch.autograd.grad(loss, parameters), strict=True):
+            total.add_(gradient)
+    totals = [total.abs_() for total in totals]
+    of_each = torch.cat([total.reshape(size, -1) for total in totals], dim=1)  # [networks, weights]
+    kept = of_each.shape[1] - round(share * of_each.shape[1])
+    limits = of_each.kthvalue(kept, dim=1).values if kept else of_each.new_full([size], -1.0)
+    return [
+        (total.unflatten(0, (size, -1)) > limits.view(size, *[1] * total.dim())).flatten(0, 1).to(total.dtype)
+        for total in totals
+    ]
+
+
+def random_labels(labels: Tensor, classes: int, generators: list) -> Tensor:
+    """Any label, drawn anew for each example; each network's part from its own generator."""
+    parts = zip(labels.chunk(len(generators)), generators, strict=True)
+    drawn = [torch.randint(classes, part.shape, generator=generator, device=part.device) for part, generator in parts]
+    return torch.cat(drawn)

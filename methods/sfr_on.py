@@ -1,0 +1,105 @@
+"""SFR-on: climb on the forget set where it matters more than the retain set, and descend on the retain set in between.
+
+From Huang et al. (NeurIPS 2024): "saliency forgetting in the remain-preserving manifold online". Three parts: ascent with
+examples weighted by how well they are still known; a mask of the weights whose Fisher information on the forget set
+exceeds that on the retain set; and several fast steps of repair after each slow one of ascent, which stand in for the
+retain loss's Hessian. Not scored in the competition. Values of their code for CIFAR-10. Our choice: epochs need not be
+whole, and neither need the Fisher information be that of the whole retain set.
+"""
+
+import math
+from dataclasses import dataclass
+from itertools import chain, islice, repeat
+from typing import Annotated
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+ENSEMBLE = True  # K networks trained as one give what each gives alone
+
+
+@dataclass(frozen=True)
+class Config:
+    """Published values; in brackets, what tuning may try (linear, or "log")."""
+
+    epochs: Annotated[float, (0.2, 1.2)] = 4.7  # over the retain set, parts allowed: 1500 steps of 128
+    learning_rate: Annotated[float, (1e-3, 0.3, "log")] = 0.01  # at first; falls to 0 along half a cosine
+    forget_every: Annotated[int, (1, 10)] = 5  # steps of repair after each step of ascent
+    ascent: Annotated[float, (0.1, 50.0, "log")] = 25.0  # alpha: weight of the forget loss; falls along the same cosine
+    adaptivity: float = 0.5  # lambda: examples are weighted by 1 / loss^lambda
+    saliency: float = 1.0  # gamma: least ratio of Fisher information, forget to retain, of the weights that climb
+    fisher_epochs: Annotated[float, (0.1, 0.4)] = 1.0  # the part of the retain set that the Fisher information is of
+    max_norm: float = 7.0  # of the ascent's gradient; longer ones are shortened
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+
+
+PRESETS = {}
+
+
+def unlearning(net, retain_loader, forget_loader, val_loader, config: Config = Config()) -> None:
+    device = next(net.parameters()).device
+    size = len(getattr(net, "members", [net]))  # K networks trained as one, or the one there is
+    masks = salient(net, retain_loader, forget_loader, config)
+    steps = max(1, round(config.epochs * len(retain_loader)))
+    optimizer = torch.optim.SGD(
+        net.parameters(), lr=config.learning_rate, momentum=config.momentum, weight_decay=config.weight_decay, fused=True
+    )
+    retain_batches, forget_batches = (chain.from_iterable(repeat(loader)) for loader in (retain_loader, forget_loader))
+    net.train()
+    for done, retain in enumerate(islice(retain_batches, steps)):
+        left = (1 + math.cos(math.pi * done / steps)) / 2
+        optimizer.param_groups[0]["lr"] = config.learning_rate * left
+        if done % config.forget_every == 0:
+            forget = next(forget_batches)
+            logits, labels = net(forget["image"].to(device)), forget["age_group"].to(device)
+            loss = -config.ascent * left * adaptive_loss(logits, labels, config.adaptivity, size)
+            optimizer.zero_grad()
+            loss.backward()
+            for parameter, mask in zip(net.parameters(), masks, strict=True):
+                parameter.grad.mul_(mask)
+            shorten(list(net.parameters()), config.max_norm, size)
+            optimizer.step()
+        loss = F.cross_entropy(net(retain["image"].to(device)), retain["age_group"].to(device))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    net.eval()
+
+
+def adaptive_loss(logits: Tensor, labels: Tensor, power: float, size: int = 1) -> Tensor:
+    """Cross-entropy in which examples with a small loss count more; `size` networks' batches follow one another."""
+    losses = F.cross_entropy(logits, labels, reduction="none").view(size, -1)
+    weights = 1 / (losses.detach() ** power + 1e-15)
+    return (losses * weights / weights.mean(dim=1, keepdim=True)).mean()
+
+
+def salient(net: nn.Module, retain_loader, forget_loader, config: Config) -> list[Tensor]:
+    """True for the weights whose Fisher information on the forget set is at least gamma times that on the retain set."""
+    forget = fisher_information(net, forget_loader, 1.0)
+    retain = fisher_information(net, retain_loader, config.fisher_epochs)
+    return [one + 1e-15 >= config.saliency * (other + 1e-15) for one, other in zip(forget, retain, strict=True)]
+
+
+def fisher_information(net: nn.Module, loader, epochs: float) -> list[Tensor]:
+    """Its diagonal, for each parameter, from the squared gradients of single batches."""
+    device = next(net.parameters()).device
+    parameters = list(net.parameters())
+    steps = max(1, round(epochs * len(loader)))
+    totals = [torch.zeros_like(parameter) for parameter in parameters]
+    net.eval()
+    for batch in islice(chain.from_iterable(repeat(loader)), steps):
+        loss = F.cross_entropy(net(batch["image"].to(device)), batch["age_group"].to(device))
+        for total, gradient in zip(totals, torch.autograd.grad(loss, parameters), strict=True):
+            total.addcmul_(gradient, gradient, value=1 / steps)
+    return totals
+
+
+def shorten(parameters: list[Tensor], max_norm: float, size: int = 1) -> None:
+    """Scale each network's gradient to a norm of `max_norm` where it is longer. size: networks trained as one."""
+    gradients = [parameter.grad.unflatten(0, (size, -1)) for parameter in parameters]
+    norms = sum(gradient.square().flatten(1).sum(1) for gradient in gradients).sqrt()
+    scales = (max_norm / (norms + 1e-6)).clamp(max=1.0)
+    for gradient in gradients:
+        gradient.mul_(scales.view(size, *[1] * (gradient.dim() - 1)))

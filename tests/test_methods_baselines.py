@@ -1,0 +1,581 @@
+"""Each baseline does what defines it, and does it to K networks at once as it does to one."""
+
+import copy
+from types import ModuleType
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from torch.utils.data import DataLoader
+
+from evaluator.data import Examples, Loader
+from evaluator.ensemble import Ensemble
+from evaluator.models import resnet18
+from evaluator.training import generators
+from methods import (
+    bad_teacher,
+    cf_k,
+    eu_k,
+    finetune,
+    l1_sparse,
+    negrad,
+    negrad_plus,
+    random_labels,
+    salun,
+    scrub,
+    sfr_on,
+)
+
+BASELINES = [finetune, negrad, negrad_plus, random_labels, scrub, bad_teacher, cf_k, eu_k, salun, l1_sparse, sfr_on]
+BATCH = 16
+
+# Short, but with learning rates at which every phase leaves its mark.
+SHORT = {
+    finetune: dict(epochs=1.5, learning_rate=2e-2),
+    negrad: dict(epochs=1.5, learning_rate=2e-3),
+    negrad_plus: dict(epochs=1.5, learning_rate=2e-2, batch_norm="train"),
+    random_labels: dict(epochs=1.5, learning_rate=2e-2),
+    scrub: dict(rounds=2, forget_rounds=1, epochs=1.5, learning_rate=1e-2),
+    bad_teacher: dict(epochs=3, batch_size=16, learning_rate=3e-3),
+    cf_k: dict(epochs=1.5, learning_rate=2e-2),
+    eu_k: dict(epochs=1.5, learning_rate=2e-2),
+    salun: dict(rounds=2, epochs=1.5, learning_rate=1e-2),
+    l1_sparse: dict(epochs=1.5, learning_rate=2e-2, penalty=1e-2),
+    sfr_on: dict(epochs=1.5, learning_rate=1e-2, ascent=1.0, forget_every=2, max_norm=0.5, fisher_epochs=0.5),
+}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def examples(count: int, seed: int, side: int = 8) -> Examples:
+    """Noisy images of 10 classes, whose patterns are the same for every seed."""
+    source = torch.Generator().manual_seed(seed)
+    labels = torch.randint(10, (count,), generator=source)
+    patterns = torch.randint(256, (10, 3, side, side), generator=torch.Generator().manual_seed(0))
+    noise = torch.randint(-60, 61, (count, 3, side, side), generator=source)
+    images = (patterns[labels] + noise).clamp(0, 255).to(torch.uint8)
+    zeros = torch.zeros(count, dtype=torch.int64)
+    return Examples([f"{seed}-{index}" for index in range(count)], images, labels, zeros, zeros)
+
+
+RETAIN, FORGET, VALIDATION = examples(60, 1), examples(20, 2), examples(20, 3)
+
+
+@pytest.fixture(scope="module")
+def original() -> nn.Module:
+    """Trained until it knows its training images."""
+    torch.manual_seed(0)
+    net = resnet18(10, width=4, small_images=True)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.02, momentum=0.9)
+    images, labels = torch.cat([RETAIN.images, FORGET.images]).float(), torch.cat([RETAIN.age_group, FORGET.age_group])
+    for _ in range(30):
+        optimizer.zero_grad()
+        F.cross_entropy(net(images), labels).backward()
+        optimizer.step()
+    return net.eval()
+
+
+@pytest.fixture
+def net(original) -> nn.Module:
+    return copy.deepcopy(original)
+
+
+def loaders() -> list[DataLoader]:
+    """PyTorch's own, as on Kaggle."""
+    return [DataLoader(part, BATCH, shuffle=True) for part in (RETAIN, FORGET, VALIDATION)]
+
+
+def unlearned(method: ModuleType, original: nn.Module, seed: int = 0, **values) -> nn.Module:
+    torch.manual_seed(seed)
+    net = copy.deepcopy(original)
+    assert method.unlearning(net, *loaders(), method.Config(**values)) is None
+    return net
+
+
+class DoubleExamples(Examples):
+    def batch(self, indices: Tensor) -> dict:
+        batch = super().batch(indices)
+        return batch | {"image": batch["image"].double()}
+
+
+def at_once(method: ModuleType, original: nn.Module, seeds: list[int], **values) -> list[nn.Module]:
+    """An ensemble's members after unlearning, in double precision: a difference is then one of the method, not rounding
+    that training amplified."""
+    sources = generators(seeds, "cpu")
+    ensemble = Ensemble(copy.deepcopy(original).double(), len(seeds), sources)
+    parts = [Loader(DoubleExamples(**vars(part)), BATCH, sources) for part in (RETAIN, FORGET, VALIDATION)]
+    method.unlearning(ensemble, *parts, method.Config(**values))
+    return ensemble.members
+
+
+def changed(net: nn.Module, original: nn.Module) -> set[str]:
+    """Names of the parameters and buffers that are not what they were."""
+    before = original.state_dict()
+    return {name for name, tensor in net.state_dict().items() if not torch.equal(tensor, before[name])}
+
+
+@torch.no_grad()
+def loss(net: nn.Module, part: Examples) -> float:
+    return F.cross_entropy(net(part.images.float()), part.age_group).item()
+
+
+@torch.no_grad()
+def accuracy(net: nn.Module, part: Examples) -> float:
+    return (net(part.images.float()).argmax(1) == part.age_group).float().mean().item()
+
+
+@torch.no_grad()
+def distance(net: nn.Module, other: nn.Module, part: Examples) -> float:
+    """KL divergence of the outputs from another network's."""
+    answers, target = (each(part.images.float()).log_softmax(-1) for each in (net, other))
+    return F.kl_div(answers, target, reduction="batchmean", log_target=True).item()
+
+
+def rates(method: ModuleType, original: nn.Module, **values) -> list[float]:
+    """The learning rate of each step."""
+    seen = []
+    handle = register_optimizer_step_pre_hook(lambda optimizer, *_: seen.append(optimizer.param_groups[0]["lr"]))
+    try:
+        unlearned(method, original, **values)
+    finally:
+        handle.remove()
+    return seen
+
+
+# All of them
+
+
+@pytest.mark.parametrize("method", BASELINES, ids=lambda method: method.__name__)
+def test_keeps_the_contract(method, original):
+    first, second = (unlearned(method, original, seed, **SHORT[method]) for seed in (0, 1))
+    for net in (first, second):
+        assert not any(module.training for module in net.modules())
+        assert all(parameter.requires_grad for parameter in net.parameters())
+        assert all(tensor.isfinite().all() for tensor in net.state_dict().values())
+        assert "fc.weight" in changed(net, original)
+    assert (first(FORGET.images.float()) - second(FORGET.images.float())).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("method", BASELINES, ids=lambda method: method.__name__)
+def test_networks_at_once_are_as_one_at_a_time(method, original):
+    assert method.ENSEMBLE
+    together = at_once(method, original, [0, 1, 2], **SHORT[method])
+    for seed, member in enumerate(together):
+        (alone,) = at_once(method, original, [seed], **SHORT[method])
+        expected = alone.state_dict()
+        for name, tensor in member.state_dict().items():
+            torch.testing.assert_close(
+                tensor, expected[name], rtol=1e-6, atol=1e-6, msg=lambda text, at=name: f"{at}: {text}"
+            )
+    assert not torch.allclose(together[0].fc.weight, together[1].fc.weight, atol=1e-4)
+
+
+@pytest.mark.parametrize("method", BASELINES, ids=lambda method: method.__name__)
+def test_less_than_an_epoch_is_possible(method, original):
+    rounds = {"rounds": 1} if method in (scrub, salun) else {}
+    steps = rates(method, original, epochs=0.25, **rounds)
+    assert 0 < len(steps) <= (3 if rounds else 2)
+
+
+# finetune and negrad
+
+
+def test_finetune_lowers_the_loss_on_the_retain_set(net, original):
+    torch.manual_seed(0)
+    with torch.no_grad():
+        net.fc.weight.mul_(0.1)
+    before = loss(net, RETAIN)
+    finetune.unlearning(net, *loaders(), finetune.Config(epochs=5, learning_rate=1e-2))
+    assert loss(net, RETAIN) < before / 2
+
+
+def test_negrad_raises_the_loss_on_the_forget_set(original):
+    # On the inputs that it is trained on, compared to a run that does everything but learn: batch norm moves in both.
+    still, pushed = (unlearned(negrad, original, epochs=3, learning_rate=rate, weight_decay=0.0) for rate in (0.0, 1e-2))
+    assert not changed(still, original) & {name for name, _ in original.named_parameters()}
+    assert loss(pushed, FORGET) > loss(still, FORGET) + 0.5
+
+
+# negrad_plus
+
+
+def test_negrad_plus_raises_the_forget_loss_and_keeps_the_retain_loss(original):
+    net = unlearned(negrad_plus, original, epochs=10, learning_rate=1e-2, retain_share=0.8)
+    alone = unlearned(negrad, original, epochs=30, learning_rate=1e-2)
+    assert loss(net, FORGET) > loss(original, FORGET) + 0.5
+    assert loss(net, RETAIN) < loss(original, RETAIN) + 0.3
+    assert loss(alone, RETAIN) > loss(net, RETAIN) + 1
+
+
+def test_negrad_plus_steps_down_the_difference_of_the_losses(net, original):
+    parts = [Loader(part, 60) for part in (RETAIN, FORGET, VALIDATION)]
+    negrad_plus.unlearning(net, *parts, negrad_plus.Config(epochs=1, learning_rate=0.5))
+    retain, forget = (F.cross_entropy(original(part.images.float()), part.age_group) for part in (RETAIN, FORGET))
+    gradients = torch.autograd.grad(0.95 * retain - 0.05 * forget, list(original.parameters()))
+    for before, after, gradient in zip(original.parameters(), net.parameters(), gradients, strict=True):
+        torch.testing.assert_close(after, before - 0.5 * gradient, rtol=1e-3, atol=1e-5)
+    assert torch.equal(net.bn1.running_mean, original.bn1.running_mean)
+
+
+def test_negrad_plus_rate_may_fall(original):
+    assert rates(negrad_plus, original, epochs=1, learning_rate=0.1, decay=1.0) == pytest.approx([0.1, 0.075, 0.05, 0.025])
+    assert rates(negrad_plus, original, epochs=1) == [0.01] * 4
+
+
+# random_labels
+
+
+def test_random_labels_are_wrong_and_uniform_among_the_wrong_ones():
+    labels = torch.arange(10).repeat(1000)
+    drawn = random_labels.wrong_labels(labels, 10, [torch.Generator().manual_seed(0)])
+    counts = torch.zeros(10, 10).index_put((labels, drawn), torch.tensor(1.0), accumulate=True)
+    assert counts.diagonal().sum() == 0
+    others = counts[~torch.eye(10, dtype=torch.bool)]
+    assert others.min() > 70 and others.max() < 160  # 111 expected of each, standard deviation 10
+
+
+def test_random_labels_come_from_each_networks_generator():
+    labels = torch.randint(10, (8,))
+    both = random_labels.wrong_labels(labels, 10, generators([3, 4], "cpu"))
+    for part, seed in ((slice(4), 3), (slice(4, 8), 4)):
+        assert torch.equal(both[part], random_labels.wrong_labels(labels[part], 10, generators([seed], "cpu")))
+
+
+def test_random_labels_spoil_the_forget_set_and_not_the_retain_set(original):
+    net = unlearned(random_labels, original, epochs=10, learning_rate=1e-2)
+    assert accuracy(original, FORGET) > 0.9
+    assert accuracy(net, FORGET) < 0.5
+    assert accuracy(net, RETAIN) > 0.8
+
+
+@pytest.mark.parametrize("loader", [Loader, DataLoader])
+def test_random_labels_mix_both_sets_in_proportion(loader, net):
+    sizes = []
+    net.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
+    parts = [loader(part, 15, shuffle=True) for part in (RETAIN, FORGET, VALIDATION)]
+    random_labels.unlearning(net, *parts, random_labels.Config(epochs=1, learning_rate=1e-3))
+    assert sizes == [15 + 5] * 4
+
+
+def test_side_by_side_keeps_networks_together():
+    for method in (random_labels, bad_teacher):
+        both = method.side_by_side(torch.tensor([1, 2, 11, 12]), torch.tensor([3, 13]), 2)
+        assert both.tolist() == [1, 2, 3, 11, 12, 13]
+
+
+# scrub
+
+
+def test_scrub_leaves_on_the_forget_set_and_returns_on_the_retain_set(original, monkeypatch):
+    signs, seen = [], []
+    divergence = scrub.divergence
+
+    def spy(logits, target, temperature):
+        seen.append(len(logits))
+        distance = divergence(logits, target, temperature)
+        distance.register_hook(lambda gradient: signs.append(gradient.item()))
+        return distance
+
+    monkeypatch.setattr(scrub, "divergence", spy)
+    unlearned(scrub, original)
+    leave, back = [-1.0] * 2, [0.5] * 4  # batches of 20 forget and 60 retain examples
+    assert signs == (leave + back) * 3 + back * 2
+    assert seen == [16, 4, 16, 16, 16, 12] * 3 + [16, 16, 16, 12] * 2
+
+
+def test_scrub_divergence_rises_while_leaving_and_falls_while_returning(original):
+    values = dict(learning_rate=1e-2, forget_epochs=3, drops=(), weight_decay=0.0, rounds=1)
+    torch.manual_seed(0)
+    left, back = copy.deepcopy(original), copy.deepcopy(original)
+    # Without a weight on the way back, the only thing that changes parameters is leaving.
+    scrub.unlearning(left, *loaders(), scrub.Config(**values, epochs=0.1, label_weight=0.0, return_weight=0.0))
+    assert distance(left, original, FORGET) > 0.3
+    back = unlearned(scrub, original, **values, epochs=8)
+    assert distance(back, original, RETAIN) < distance(left, original, RETAIN) / 2
+
+
+def test_scrub_divergence_is_of_softened_outputs():
+    torch.manual_seed(0)
+    logits, target = torch.randn(2, 4, 10)
+    p, q = (target / 2).softmax(-1), (logits / 2).softmax(-1)
+    torch.testing.assert_close(scrub.divergence(logits, target, 2.0), 4 * (p * (p / q).log()).sum(-1).mean())
+
+
+def test_scrub_learning_rate_falls_to_tenths(original):
+    seen = rates(scrub, original, epochs=10, rounds=1, forget_rounds=0, learning_rate=1.0)
+    assert seen == pytest.approx([1.0] * 20 + [0.1] * 12 + [0.01] * 4 + [0.001] * 4)
+
+
+# bad_teacher
+
+
+def test_bad_teacher_makes_forget_outputs_those_of_an_untrained_network(original, monkeypatch):
+    teachers, untrained = [], bad_teacher.untrained
+    monkeypatch.setattr(bad_teacher, "untrained", lambda *args: teachers.append(untrained(*args)) or teachers[-1])
+    net = unlearned(bad_teacher, original, epochs=30, learning_rate=3e-3, batch_size=16, retain_part=1.0)
+    (bad,) = teachers
+    assert distance(net, bad, FORGET) < distance(original, bad, FORGET) / 3
+    assert distance(net, original, RETAIN) < distance(net, original, FORGET) / 3
+
+
+def test_bad_teacher_untrained_network_knows_nothing_and_is_sane(original):
+    images = RETAIN.images[:32].float()
+    first, again, other = (bad_teacher.untrained(original, images, generators([seed], "cpu")[0]) for seed in (0, 0, 1))
+    weights = {name for name, parameter in original.named_parameters() if parameter.dim() > 1}
+    assert weights <= changed(first, original)
+    assert changed(first, again) == set() and weights <= changed(first, other)
+    assert first.layer1[0].conv1.weight.std().item() == pytest.approx((2 / 36) ** 0.5, rel=0.2)
+    assert accuracy(first, RETAIN) < 0.5
+    torch.testing.assert_close(first.bn1.running_mean, first.conv1(images).mean((0, 2, 3)))
+    assert first(images).abs().max() < 20
+    assert not any(module.training for module in first.modules())
+
+
+def test_bad_teacher_uses_a_part_of_the_retain_set(net):
+    sizes = []
+    net.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
+    bad_teacher.unlearning(net, *loaders(), bad_teacher.Config(epochs=3, batch_size=19, learning_rate=0.0))
+    # An epoch is of 20 forget and 18 retain examples: 10 and 9 in each batch.
+    assert sizes == [19] * 6
+
+
+# cf_k and eu_k
+
+
+@pytest.mark.parametrize(
+    ("blocks", "trained"),
+    [(0, ("fc.",)), (1, ("layer4.1.", "fc.")), (3, ("layer3.1.", "layer4.", "fc."))],
+)
+@pytest.mark.parametrize("method", [cf_k, eu_k], ids=lambda method: method.__name__)
+@pytest.mark.parametrize("as_ensemble", [False, True])
+def test_all_but_the_last_blocks_are_kept_to_the_bit(method, blocks, trained, as_ensemble, original):
+    values = dict(epochs=1.5, learning_rate=1e-2, blocks=blocks)
+    if as_ensemble:
+        original = copy.deepcopy(original).double()
+        nets = at_once(method, original, [0, 1], **values)
+    else:
+        nets = [unlearned(method, original, **values)]
+    for net in nets:
+        assert changed(net, original) == {name for name in original.state_dict() if name.startswith(trained)}
+
+
+def test_cf_k_trains_from_where_it_was_and_eu_k_from_scratch(original):
+    still = dict(learning_rate=0.0, weight_decay=0.0, epochs=1)
+    parameters = {name for name, _ in original.named_parameters()}
+    assert changed(unlearned(cf_k, original, **still), original) & parameters == set()
+    reset = {name for name in parameters if name.startswith(("layer4.", "fc."))}
+    net = unlearned(eu_k, original, **still)
+    assert changed(net, original) & parameters == reset
+    assert net.layer4[1].conv2.weight.std().item() == pytest.approx((2 / (32 * 9)) ** 0.5, rel=0.05)
+    assert torch.equal(net.layer4[1].bn1.weight, torch.ones(32))
+    assert net.fc.weight.abs().max() <= 32**-0.5
+    assert loss(net, RETAIN) > 1 > loss(unlearned(eu_k, original, epochs=10, learning_rate=2e-2), RETAIN)
+
+
+def test_eu_k_resets_statistics(net):
+    eu_k.reset(net, ("layer4.1.",), None)
+    assert net.layer4[1].bn2.num_batches_tracked == 0
+    assert torch.equal(net.layer4[1].bn2.running_var, torch.ones(32))
+    assert net.layer4[0].bn2.num_batches_tracked > 0
+
+
+@pytest.mark.parametrize("method", [cf_k, eu_k], ids=lambda method: method.__name__)
+def test_last_blocks_rate_falls_to_tenths(method, original):
+    assert rates(method, original, epochs=5) == pytest.approx([0.01] * 10 + [1e-3] * 6 + [1e-4] * 2 + [1e-5] * 2)
+
+
+# salun
+
+
+def gradients(net: nn.Module, part: Examples) -> list[Tensor]:
+    return list(torch.autograd.grad(F.cross_entropy(net(part.images.float()), part.age_group), list(net.parameters())))
+
+
+def test_salun_mask_is_the_half_with_the_largest_forget_gradients():
+    torch.manual_seed(0)
+    net = resnet18(10, width=4, small_images=True).eval()
+    part = examples(16, 4, side=32)  # so large that every weight meets something
+    masks = torch.cat([mask.flatten() for mask in salun.salient(net, Loader(part, 8), 0.5)])
+    sizes = torch.cat([gradient.abs().flatten() for gradient in gradients(net, part)])
+    assert set(masks.unique().tolist()) == {0.0, 1.0}
+    assert masks.sum() == round(0.5 * len(masks))
+    assert sizes[masks == 1].min() > sizes[masks == 0].max() * (1 - 1e-3)
+
+
+def test_salun_mask_is_of_each_network_alone(original):
+    ensemble = Ensemble(copy.deepcopy(original), 2, generators([0, 1], "cpu"))
+    with torch.no_grad():  # the second has gradients a thousand times smaller, as it is very sure
+        ensemble.members[1].fc.weight.mul_(5)
+    masks = salun.salient(ensemble, Loader(FORGET, 20, ensemble.generators), 0.2, size=2)
+    for k, member in enumerate(ensemble.members):
+        alone = salun.salient(member, Loader(FORGET, 20), 0.2)
+        total = sum(mask.numel() for mask in alone)
+        assert sum(mask.sum() for mask in alone) == round(0.2 * total)
+        differing = sum((mask.unflatten(0, (2, -1))[k] != one).sum() for mask, one in zip(masks, alone, strict=True))
+        assert differing < 0.001 * total  # weights at the limit may fall to either side
+        for parameter in member.parameters():
+            parameter.grad = None
+
+
+def test_salun_leaves_out_weights_without_any_gradient(net):
+    with torch.no_grad():
+        net.fc.weight[:, :16] = 0
+        net.layer4[1].bn2.weight[:16], net.layer4[1].bn2.bias[:16] = 0, 0
+    masks = salun.salient(net, Loader(FORGET, 20), 1.0)
+    assert sum((mask != 1).sum() for mask in masks) == 0
+    masks = salun.salient(net, Loader(FORGET, 20), 0.95)
+    for mask, gradient in zip(masks, gradients(net, FORGET), strict=True):
+        assert mask[gradient == 0].sum() == 0
+
+
+@pytest.mark.parametrize("as_ensemble", [False, True])
+def test_salun_keeps_all_other_weights_to_the_bit(as_ensemble, original, monkeypatch):
+    kept, salient = [], salun.salient
+    monkeypatch.setattr(salun, "salient", lambda *args: kept.append(salient(*args)) or kept[-1])
+    # A weight decay that would be seen.
+    values = dict(rounds=2, epochs=2, learning_rate=1e-2, weight_decay=0.1)
+    if as_ensemble:
+        original = copy.deepcopy(original).double()
+        nets = at_once(salun, original, [0, 1], **values)
+    else:
+        nets = [unlearned(salun, original, **values)]
+    for k, net in enumerate(nets):
+        for before, after, mask in zip(original.parameters(), net.parameters(), kept[0], strict=True):
+            mask = mask.unflatten(0, (len(nets), -1))[k].bool()
+            assert torch.equal(before[~mask], after[~mask])
+            assert (before[mask] != after[mask]).float().mean() > 0.99 if mask.any() else True
+        assert not torch.equal(net.bn1.running_mean, original.bn1.running_mean)
+
+
+def test_salun_spoils_the_forget_set(original):
+    values = dict(rounds=1, forget_epochs=10, epochs=0.1, learning_rate=1e-2)
+    net = unlearned(salun, original, **values)
+    assert accuracy(original, FORGET) > 0.9
+    assert accuracy(net, FORGET) < 0.5
+    repaired = unlearned(salun, original, **values | {"epochs": 8})
+    assert loss(repaired, RETAIN) < loss(net, RETAIN) / 2
+
+
+def test_salun_labels_are_any():
+    drawn = salun.random_labels(torch.zeros(10000, dtype=torch.int64), 10, [None])
+    counts = drawn.bincount(minlength=10)
+    assert counts.min() > 850 and counts.max() < 1150
+
+
+# l1_sparse
+
+
+def test_l1_sparse_has_smaller_weights_than_fine_tuning(original):
+    values = dict(epochs=5, learning_rate=2e-2)
+    sparse, dense = (unlearned(l1_sparse, original, **values, penalty=penalty) for penalty in (1e-2, 0.0))
+    tuned = unlearned(finetune, original, **values)
+    small = [sum((each.abs() < 1e-3).sum() for each in net.parameters()) for net in (sparse, dense)]
+    assert l1_sparse.absolute_values(sparse) < 0.8 * l1_sparse.absolute_values(tuned)
+    assert small[0] > 3 * small[1]
+
+
+def test_l1_sparse_penalty_fades(original):
+    # The only gradient of a weight of a class that is infinitely unlikely is the penalty's, of constant size.
+    net, moves, before = copy.deepcopy(original), [], []
+    with torch.no_grad():
+        net.fc.bias[0] = -1e4
+    part = examples(64, 5)
+    part.age_group.clamp_(min=1)
+    parts = [Loader(part, BATCH)] * 3
+    before.append(net.fc.weight[0].clone())
+
+    def note(*_):
+        moves.append((net.fc.weight[0] - before[-1]).abs().mean().item())
+        before.append(net.fc.weight[0].clone())
+
+    handle = register_optimizer_step_post_hook(note)
+    config = l1_sparse.Config(epochs=1, learning_rate=1e-3, penalty=1.0, momentum=0.0, weight_decay=0.0)
+    try:
+        l1_sparse.unlearning(net, *parts, config)
+    finally:
+        handle.remove()
+    assert moves == pytest.approx([1e-3 * left for left in (1, 0.75, 0.5, 0.25)], rel=1e-2)
+
+
+# sfr_on
+
+
+def test_sfr_on_mask_compares_fisher_information(original):
+    config = sfr_on.Config(saliency=2.0)
+    masks = sfr_on.salient(original, Loader(RETAIN, BATCH, shuffle=False), Loader(FORGET, BATCH, shuffle=False), config)
+    information = []
+    for part, steps in ((RETAIN, 4), (FORGET, 2)):
+        total = 0
+        for images, labels in zip(part.images.split(BATCH), part.age_group.split(BATCH), strict=True):
+            step = torch.autograd.grad(F.cross_entropy(original(images.float()), labels), list(original.parameters()))
+            total = total + torch.cat([gradient.flatten() for gradient in step]) ** 2 / steps
+        information.append(total)
+    retain, forget = information
+    masks = torch.cat([mask.flatten() for mask in masks])
+    decided = ((forget - 2 * retain).abs() > 1e-3 * forget) & (forget > 1e-12)
+    assert decided.sum() > 1000
+    assert torch.equal(masks[decided], (forget >= 2 * retain)[decided])
+    assert 0.01 < masks[decided].float().mean() < 0.99
+
+
+def test_sfr_on_counts_what_is_still_known_more():
+    torch.manual_seed(0)
+    logits, labels = torch.randn(8, 10, requires_grad=True), torch.randint(10, (8,))
+    losses = F.cross_entropy(logits, labels, reduction="none")
+    weights = 1 / losses.detach().sqrt()
+    halves = [(weights[part] / weights[part].sum() * losses[part]).sum() for part in (slice(4), slice(4, 8))]
+    both = sfr_on.adaptive_loss(logits, labels, 0.5, size=2)
+    torch.testing.assert_close(both, sum(halves) / 2)
+    # The weights themselves are not learnt.
+    torch.testing.assert_close(torch.autograd.grad(both, logits), torch.autograd.grad(sum(halves) / 2, logits))
+    torch.testing.assert_close(sfr_on.adaptive_loss(logits, labels, 0.0), F.cross_entropy(logits, labels))
+
+
+def test_sfr_on_shortens_the_gradient_of_each_network():
+    parameters = [torch.zeros(4, 3), torch.zeros(2)]
+    parameters[0].grad = torch.tensor([[3.0, 0, 0], [0, 0, 0], [0.3, 0, 0], [0, 0, 0]])
+    parameters[1].grad = torch.tensor([4.0, 0.4])
+    sfr_on.shorten(parameters, 1.0, size=2)
+    torch.testing.assert_close(parameters[0].grad[:, 0], torch.tensor([0.6, 0, 0.3, 0]), rtol=1e-4, atol=0)
+    torch.testing.assert_close(parameters[1].grad, torch.tensor([0.8, 0.4]), rtol=1e-4, atol=0)
+
+
+def test_sfr_on_climbs_where_the_mask_lets_it_and_repairs_everywhere(original, monkeypatch):
+    torch.manual_seed(0)
+    mask = [torch.rand_like(parameter) < 0.5 for parameter in original.parameters()]
+    monkeypatch.setattr(sfr_on, "salient", lambda *_: mask)
+    seen = []
+
+    def note(optimizer, *_):
+        gradients = [parameter.grad for parameter in optimizer.param_groups[0]["params"]]
+        outside = sum(gradient[~each].abs().sum() for gradient, each in zip(gradients, mask, strict=True))
+        length = sum(gradient.square().sum() for gradient in gradients).sqrt()
+        seen.append((bool(outside == 0), bool(length <= 0.101)))
+
+    handle = register_optimizer_step_pre_hook(note)
+    try:
+        unlearned(sfr_on, original, epochs=1.5, forget_every=3, learning_rate=1e-4, max_norm=0.1)
+    finally:
+        handle.remove()
+    assert [outside for outside, _ in seen] == [True, False, False, False] * 2  # 6 steps of repair, 2 of ascent
+    assert seen[0][1] and seen[4][1]
+
+
+def test_sfr_on_forgets_and_repairs(original):
+    values = dict(epochs=10, learning_rate=1e-2, max_norm=1.0)
+    net, still = (unlearned(sfr_on, original, **values, ascent=ascent) for ascent in (25.0, 0.0))
+    assert loss(net, FORGET) > 1.5 * loss(still, FORGET)
+    assert loss(net, RETAIN) < loss(net, FORGET) / 2
+
+
+def test_sfr_on_rate_falls_along_a_cosine(original):
+    seen = rates(sfr_on, original, epochs=1, forget_every=4, learning_rate=1.0)
+    assert seen == pytest.approx([1.0, 1.0, 0.5 + 0.125**0.5, 0.5, 0.5 - 0.125**0.5])
