@@ -208,10 +208,10 @@ def test_negrad_raises_the_loss_on_the_forget_set(original):
 
 
 def test_negrad_plus_raises_the_forget_loss_and_keeps_the_retain_loss(original):
-    net = unlearned(negrad_plus, original, epochs=10, learning_rate=1e-2, retain_share=0.8)
+    net = unlearned(negrad_plus, original, epochs=20, learning_rate=3e-3, retain_share=0.9)
     alone = unlearned(negrad, original, epochs=30, learning_rate=1e-2)
-    assert loss(net, FORGET) > loss(original, FORGET) + 0.5
-    assert loss(net, RETAIN) < loss(original, RETAIN) + 0.3
+    assert loss(net, FORGET) > loss(original, FORGET) + 0.2
+    assert loss(net, RETAIN) < loss(original, RETAIN) + 0.05
     assert loss(alone, RETAIN) > loss(net, RETAIN) + 1
 
 
@@ -250,7 +250,7 @@ def test_random_labels_come_from_each_networks_generator():
 
 
 def test_random_labels_spoil_the_forget_set_and_not_the_retain_set(original):
-    net = unlearned(random_labels, original, epochs=10, learning_rate=1e-2)
+    net = unlearned(random_labels, original, epochs=20, learning_rate=1e-2)
     assert accuracy(original, FORGET) > 0.9
     assert accuracy(net, FORGET) < 0.5
     assert accuracy(net, RETAIN) > 0.8
@@ -341,7 +341,8 @@ def test_bad_teacher_untrained_network_knows_nothing_and_is_sane(original):
 
 def test_bad_teacher_uses_a_part_of_the_retain_set(net):
     sizes = []
-    net.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
+    # Teachers are copies, hooks included.
+    net.register_forward_pre_hook(lambda module, inputs: sizes.append(len(inputs[0])) if module is net else None)
     bad_teacher.unlearning(net, *loaders(), bad_teacher.Config(epochs=3, batch_size=19, learning_rate=0.0))
     # An epoch is of 20 forget and 18 retain examples: 10 and 9 in each batch.
     assert sizes == [19] * 6
@@ -475,7 +476,7 @@ def test_salun_labels_are_any():
 
 def test_l1_sparse_has_smaller_weights_than_fine_tuning(original):
     values = dict(epochs=5, learning_rate=2e-2)
-    sparse, dense = (unlearned(l1_sparse, original, **values, penalty=penalty) for penalty in (1e-2, 0.0))
+    sparse, dense = (unlearned(l1_sparse, original, **values, penalty=penalty) for penalty in (3e-2, 0.0))
     tuned = unlearned(finetune, original, **values)
     small = [sum((each.abs() < 1e-3).sum() for each in net.parameters()) for net in (sparse, dense)]
     assert l1_sparse.absolute_values(sparse) < 0.8 * l1_sparse.absolute_values(tuned)
@@ -570,10 +571,10 @@ def test_sfr_on_climbs_where_the_mask_lets_it_and_repairs_everywhere(original, m
 
 
 def test_sfr_on_forgets_and_repairs(original):
-    values = dict(epochs=10, learning_rate=1e-2, max_norm=1.0)
+    values = dict(epochs=10, learning_rate=1e-2, forget_every=2)
     net, still = (unlearned(sfr_on, original, **values, ascent=ascent) for ascent in (25.0, 0.0))
-    assert loss(net, FORGET) > 1.5 * loss(still, FORGET)
-    assert loss(net, RETAIN) < loss(net, FORGET) / 2
+    assert loss(net, FORGET) > 5 * loss(still, FORGET)
+    assert loss(net, RETAIN) < loss(net, FORGET) / 4
 
 
 def test_sfr_on_rate_falls_along_a_cosine(original):
