@@ -23,7 +23,7 @@ ENSEMBLE = True  # K networks trained as one give what each gives alone
 class Config:
     """Published values; in brackets, what tuning may try (linear, or "log")."""
 
-    epochs: Annotated[float, (0.3, 3.0)] = 1  # over the forget set and the part of the retain set, parts allowed
+    epochs: Annotated[float, (0.3, 4.0)] = 1  # over the forget set and the part of the retain set, parts allowed
     retain_part: Annotated[float, (0.1, 1.0)] = 0.3  # of the retain set used each epoch, drawn at random
     learning_rate: Annotated[float, (1e-4, 3e-2, "log")] = 1e-4  # of Adam
     temperature: Annotated[float, (0.5, 4.0, "log")] = 1.0  # of the outputs compared

@@ -21,7 +21,7 @@ class Config:
     """Published values; in brackets, what tuning may try (linear, or "log")."""
 
     blocks: Annotated[int, (1, 7)] = 2  # residual blocks trained, from the last one, besides fc (our choice: a stage)
-    epochs: Annotated[float, (0.2, 2.5)] = 10  # over the retain set, parts allowed
+    epochs: Annotated[float, (0.2, 4.0)] = 10  # over the retain set, parts allowed
     learning_rate: Annotated[float, (1e-3, 0.5, "log")] = 0.01
     drops: tuple[float, ...] = (0.5, 0.8, 0.9)  # the learning rate falls to a tenth after these parts of the steps
     momentum: float = 0.9

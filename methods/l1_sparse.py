@@ -19,7 +19,7 @@ ENSEMBLE = True  # K networks trained as one give what each gives alone
 class Config:
     """Published values; in brackets, what tuning may try (linear, or "log")."""
 
-    epochs: Annotated[float, (0.2, 2.0)] = 10  # over the retain set, parts allowed
+    epochs: Annotated[float, (0.2, 1.6)] = 10  # over the retain set, parts allowed
     learning_rate: Annotated[float, (1e-3, 0.5, "log")] = 0.01
     decay: Annotated[float, (0.0, 1.0)] = 0.0  # the part of the learning rate lost by the end (published: none)
     penalty: Annotated[float, (1e-5, 1e-2, "log")] = 5e-4  # on the sum of absolute values, at first

@@ -18,7 +18,7 @@ ENSEMBLE = True  # K networks trained as one give what each gives alone
 class Config:
     """Published values; in brackets, what tuning may try (linear, or "log")."""
 
-    epochs: Annotated[float, (0.2, 1.0)] = 10  # over the retain set, parts allowed; each step has a forget batch too
+    epochs: Annotated[float, (0.2, 1.2)] = 10  # over the retain set, parts allowed; each step has a forget batch too
     learning_rate: Annotated[float, (1e-3, 0.3, "log")] = 0.01
     decay: Annotated[float, (0.0, 1.0)] = 0.0  # the part of the learning rate lost by the end (published: none)
     retain_share: Annotated[float, (0.5, 0.99)] = 0.95  # weight of the retain loss; the forget loss has the rest, negated

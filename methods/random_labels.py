@@ -21,7 +21,7 @@ ENSEMBLE = True  # K networks trained as one give what each gives alone
 class Config:
     """Published values; in brackets, what tuning may try (linear, or "log")."""
 
-    epochs: Annotated[float, (0.2, 1.5)] = 10  # over retain and forget set together, parts allowed
+    epochs: Annotated[float, (0.2, 1.9)] = 10  # over retain and forget set together, parts allowed
     learning_rate: Annotated[float, (1e-3, 0.3, "log")] = 0.1
     decay: Annotated[float, (0.0, 1.0)] = 0.0  # the part of the learning rate lost by the end (published: none)
     forget_times: Annotated[int, (1, 4)] = 1  # how often the forget set is seen each epoch (published: once)
