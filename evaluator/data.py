@@ -218,7 +218,7 @@ def _read_examples(path: Path, folder: Path, classes: int) -> Examples:
         if wrong.any():
             row = wrong.idxmax()
             allowed = f"an integer from 0 to {classes - 1}" if column == "age_group" else "an integer"
-            raise Problem(f"{path}: row {row + 2}: {column} is {table[column][row]!r}, it must be {allowed}")
+            raise Problem(f"{path}: row {row + 2}: {column} is '{table[column][row]}', it must be {allowed}")
         table[column] = numbers.astype("int64")
     repeated = table.image_id.isna() | table.image_id.duplicated()
     if repeated.any():
