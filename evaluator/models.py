@@ -58,7 +58,7 @@ def load_network(net: nn.Module, path: Path, content: BinaryIO | None = None) ->
     try:
         state = torch.load(content or path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load has no error of its own: a cut-off or foreign file raises any of many types
-        raise Problem(f"{path}: not a readable network ({str(error).splitlines()[0]})") from error
+        raise Problem(f"{path}: not a readable network ({(str(error) or type(error).__name__).splitlines()[0]})") from error
     if not isinstance(state, dict):
         raise Problem(f"{path}: holds a {type(state).__name__}, not a state dict")
     misfit = state_misfit(net, state)
@@ -75,6 +75,8 @@ def state_misfit(net: nn.Module, state: dict) -> str | None:
             return f"tensor '{name}' is missing"
         if name not in expected:
             return f"tensor '{name}' does not belong to this network"
+        if not isinstance(state[name], torch.Tensor):
+            return f"'{name}' is a {type(state[name]).__name__}, not a tensor"
         if state[name].shape != expected[name].shape:
             return f"tensor '{name}' has shape {list(state[name].shape)}, expected {list(expected[name].shape)}"
     return None
