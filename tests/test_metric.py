@@ -164,6 +164,13 @@ def test_ties_as_plain():
     assert_as_plain(2 * np.median(lopsided, axis=0) - lopsided, lopsided)
 
 
+def test_a_confidence_at_the_right_end_is_inside():
+    """The first right end is exactly 0, and only an interval that ends there leaves 0.005 out."""
+    narrow, wide = np.array([[0.0] * 7 + [2.0]]).T, np.array([[0.005] * 5 + [-1.0, -8.0, 9.0]]).T
+    assert assert_as_plain(narrow, wide).item() == pytest.approx(math.log((7 / 8 - 1e-5) / (1 / 8)), abs=1e-9)
+    assert_as_plain(wide, narrow)
+
+
 def test_perfect_separation_is_the_largest_epsilon():
     unlearned, retrained = normal_pools(64, 4, 2)
     retrained += 30
