@@ -166,14 +166,14 @@ def forget(net: nn.Module, config: Config, generator: torch.Generator | None, sc
         tensor = getattr(layer, name)
         fresh = initialised_like(tensor, layer, name, generator)
         if share < 1:
-            drawn = torch.empty_like(tensor).uniform_(generator=generator) < share
+            drawn = tensor.new_empty(tensor.shape).uniform_(generator=generator) < share
             fresh = torch.where(drawn, fresh, tensor)
         tensor.copy_(fresh)
 
 
 def initialised_like(tensor: Tensor, layer: nn.Module, name: str, generator: torch.Generator | None) -> Tensor:
     """A new value from the distribution torchvision's ResNet initialises this parameter from."""
-    fresh = torch.empty_like(tensor)
+    fresh = tensor.new_empty(tensor.shape)  # plain layout: a channels_last one would be filled in another order
     if isinstance(layer, nn.Conv2d) and name == "weight":
         return nn.init.kaiming_normal_(fresh, mode="fan_out", nonlinearity="relu", generator=generator)
     if isinstance(layer, nn.Linear):

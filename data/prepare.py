@@ -7,14 +7,14 @@ competition nobody is in both retain and forget.
 """
 
 import argparse
+import functools
 import sys
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import torch
+from PIL import Image
 from sklearn.datasets import load_digits
-from torchvision.io import encode_png
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from evaluator.files import Problem, write_atomically, write_json
@@ -51,10 +51,9 @@ def prepare_digits(folder: Path, writers: dict[str, int] = FORGET_WRITER, recipe
         }
     )
     for image_id, image in zip(table.image_id, digits.images, strict=False):
-        grey = torch.from_numpy(np.round(image * (255 / 16)).astype(np.uint8))
-        png = encode_png(grey.expand(3, -1, -1).contiguous())
+        picture = Image.fromarray(np.round(image * (255 / 16)).astype(np.uint8)).convert("RGB")
         write_atomically(
-            folder / "images" / f"{image_id.replace('-', '/')}.png", lambda file, png=png: file.write(bytes(png))
+            folder / "images" / f"{image_id.replace('-', '/')}.png", functools.partial(picture.save, format="PNG")
         )
 
     order = np.random.RandomState(SEED).permutation(rows)

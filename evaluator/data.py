@@ -7,13 +7,14 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from torchvision.io import ImageReadMode, decode_image, read_file
 
-from evaluator.files import Problem
+from evaluator.files import Problem, one_line
 
 COLUMNS = ["image_id", "age_group", "age", "person_id"]
 
@@ -239,6 +240,7 @@ def _read_image(path: Path) -> Tensor:
     if not path.is_file():
         raise Problem(f"{path}: missing image")
     try:
-        return decode_image(read_file(str(path)), ImageReadMode.RGB)
-    except RuntimeError as error:
-        raise Problem(f"{path}: not a readable image ({str(error).splitlines()[0]})") from error
+        with Image.open(path) as image:
+            return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).contiguous()
+    except (OSError, SyntaxError, ValueError) as error:  # what Pillow raises for a damaged file
+        raise Problem(f"{path}: not a readable image ({one_line(error)})") from error

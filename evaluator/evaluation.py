@@ -11,7 +11,7 @@ import torch
 
 from evaluator import report
 from evaluator.checkpoints import Checkpoints
-from evaluator.files import Problem, read_json, write_json
+from evaluator.files import Problem, one_line, read_json, write_json
 from evaluator.pool import Pool
 from evaluator.runs import Method, Setting, retrained_pool, seconds_alone, unlearned_pool
 from evaluator.training import Recipe, original_network, seconds_of_retraining
@@ -160,7 +160,7 @@ def working_device(wanted: str) -> str:
         torch.nn.functional.conv2d(torch.ones(1, 1, 3, 3, device="cuda"), torch.ones(1, 1, 3, 3, device="cuda")).item()
         return "cuda"
     except (RuntimeError, AssertionError) as error:
-        message = str(error).splitlines()[0]
+        message = one_line(error)
         if wanted == "cuda":
             raise Problem(f"--device cuda: the GPU does not work with this torch ({message})") from error
         print(f"the GPU does not work with this torch ({message}); using the CPU", file=sys.stderr)

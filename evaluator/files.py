@@ -12,6 +12,11 @@ class Problem(Exception):
     """Something the user can put right. Its text is one line: the file, row, run or value, and what to do."""
 
 
+def one_line(error: BaseException) -> str:
+    """An error's text as part of a Problem's."""
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
 def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """Write a file through `write(open file)` so that `path` only ever holds a complete one.
 

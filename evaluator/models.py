@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torchvision.models.resnet import BasicBlock, ResNet
 
-from evaluator.files import Problem, write_atomically
+from evaluator.files import Problem, one_line, write_atomically
 
 
 def resnet18(classes: int, width: int = 64, small_images: bool = False) -> ResNet:
@@ -58,7 +58,7 @@ def load_network(net: nn.Module, path: Path, content: BinaryIO | None = None) ->
     try:
         state = torch.load(content or path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load has no error of its own: a cut-off or foreign file raises any of many types
-        raise Problem(f"{path}: not a readable network ({(str(error) or type(error).__name__).splitlines()[0]})") from error
+        raise Problem(f"{path}: not a readable network ({one_line(error)})") from error
     if not isinstance(state, dict):
         raise Problem(f"{path}: holds a {type(state).__name__}, not a state dict")
     misfit = state_misfit(net, state)

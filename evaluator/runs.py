@@ -24,7 +24,7 @@ from torch import nn
 
 from evaluator.data import Data, Loader, load
 from evaluator.ensemble import Ensemble
-from evaluator.files import Problem
+from evaluator.files import Problem, one_line
 from evaluator.models import save_network, state_misfit
 from evaluator.notebook import NotebookLoader, method_tree
 from evaluator.pool import Pool
@@ -307,8 +307,7 @@ def _described(error: Exception, path: Path) -> str:
         if file.startswith(str(path)):  # a notebook's adds the cell
             lines.append(f"{file.removeprefix(str(path))} line {trace.tb_lineno}".strip())
         trace = trace.tb_next
-    text = " ".join(str(error).split())[:300]
-    return f"{type(error).__name__}: {text}" + (f" ({lines[-1]})" if lines else "")
+    return f"{type(error).__name__}: {one_line(error)}" + (f" ({lines[-1]})" if lines else "")
 
 
 class _TimeLimit(BaseException):

@@ -86,7 +86,7 @@ def damage(net: nn.Module, gradients: list[Tensor], config: Config, generator: t
             smallest = gradient.abs().flatten().argsort(stable=True)[: round(config.share * gradient.numel())]
             redrawn = torch.zeros(parameter.numel(), dtype=torch.bool, device=parameter.device)
             redrawn = redrawn.index_fill(0, smallest, True).view(parameter.shape)
-            fresh = torch.empty_like(parameter)
+            fresh = parameter.new_empty(parameter.shape)
             nn.init.kaiming_normal_(fresh, mode="fan_out", nonlinearity="relu", generator=generator)
             parameter.copy_(torch.where(redrawn, fresh, parameter))
             scale.masked_fill_(~redrawn, config.kept_gradient)

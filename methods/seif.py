@@ -65,7 +65,7 @@ def unlearning(net, retain_loader, forget_loader, val_loader, config: Config = C
 def damage(net: nn.Module, deviation: float, generator: torch.Generator | None) -> None:
     """Add Gaussian noise to the first convolution's weights, in place."""
     weight = net.conv1.weight
-    weight.add_(torch.empty_like(weight).normal_(generator=generator), alpha=deviation)
+    weight.add_(weight.new_empty(weight.shape).normal_(generator=generator), alpha=deviation)
 
 
 def weighted_loss(logits: Tensor, labels: Tensor, config: Config, size: int = 1) -> Tensor:

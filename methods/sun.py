@@ -82,8 +82,9 @@ def choose(
     if with_noise:
         for name in drawn[: config.noisy]:
             if name not in before:
-                noise = torch.empty_like(parameters[name]).normal_(generator=generator)
-                parameters[name].add_(noise, alpha=config.noise)
+                parameter = parameters[name]
+                noise = parameter.new_empty(parameter.shape).normal_(generator=generator)
+                parameter.add_(noise, alpha=config.noise)
     before.update(drawn)
     return [name in drawn or "bn" in name for name in parameters]
 

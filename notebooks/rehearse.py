@@ -10,6 +10,7 @@ At the end the networks in the zip must be those that `evaluate.py notebooks/sub
 """
 
 import argparse
+import functools
 import os
 import shutil
 import sys
@@ -22,8 +23,8 @@ import nbclient
 import nbformat
 import pandas as pd
 import torch
+from PIL import Image
 from torch.nn import functional as F
-from torchvision.io import encode_png
 from torchvision.models import resnet18
 
 HERE = Path(__file__).resolve().parent
@@ -81,7 +82,8 @@ def _write_images(examples: Examples, folder: Path, count: int) -> pd.DataFrame:
     sized = F.interpolate(examples.images[rows].float(), (32, 32), mode="bilinear").round().to(torch.uint8)
     ids = [examples.image_ids[row] for row in rows.tolist()]
     for image_id, image in zip(ids, sized, strict=True):
-        _write(folder / f"{image_id.replace('-', '/', 1)}.png", bytes(encode_png(image)))
+        picture = Image.fromarray(image.permute(1, 2, 0).numpy())
+        write_atomically(folder / f"{image_id.replace('-', '/', 1)}.png", functools.partial(picture.save, format="PNG"))
     labels = {name: getattr(examples, name)[rows].numpy() for name in ("age_group", "age", "person_id")}
     return pd.DataFrame({"image_id": ids, **labels})
 

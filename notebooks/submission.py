@@ -90,8 +90,8 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from PIL import Image
 from torch.utils.data import DataLoader, Dataset
-from torchvision.io import ImageReadMode, decode_image, read_file
 from torchvision.models import resnet18
 
 COMPETITION = "neurips-2023-machine-unlearning"
@@ -101,6 +101,10 @@ RUNS = int(os.environ.get("REHEARSAL_RUNS", 512))  # the competition takes exact
 TIME_BUDGET_HOURS = float(os.environ.get("REHEARSAL_HOURS", 8))
 CHECKPOINTS = Path(os.environ.get("REHEARSAL_TMP", "/kaggle/tmp"))  # 11.5 GB: more than the working folder is made for
 WORKING = Path(os.environ.get("REHEARSAL_WORKING", "/kaggle/working"))
+
+
+def one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def input_folder() -> Path:
@@ -134,11 +138,10 @@ class Faces(Dataset):
 
         def image(path: str) -> Tensor:
             try:
-                return decode_image(read_file(str(folder / "images" / path)), ImageReadMode.RGB)
-            except RuntimeError as error:
-                raise SystemExit(
-                    f"{folder / 'images' / path}: not a readable image ({str(error).splitlines()[0]})"
-                ) from None
+                with Image.open(folder / "images" / path) as picture:
+                    return torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1)
+            except (OSError, SyntaxError, ValueError) as error:  # what Pillow raises for a damaged file
+                raise SystemExit(f"{folder / 'images' / path}: not a readable image ({one_line(error)})") from None
 
         with ThreadPoolExecutor(8) as threads:
             self.images = torch.stack(list(threads.map(image, table.path))).to(device)
@@ -177,13 +180,15 @@ def read_network(path: Path) -> nn.Module:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a cut-off file raises any of many types
-        raise ValueError(f"{path}: cannot be read ({str(error).splitlines()[0]})") from None
+        raise ValueError(f"{path}: cannot be read ({one_line(error)})") from None
+    if not isinstance(state, dict):
+        raise ValueError(f"{path}: holds a {type(state).__name__}, not a state dict")
     for name, tensor in net.state_dict().items():
-        if name not in state:
+        if not isinstance(state.get(name), Tensor):
             raise ValueError(f"{path}: tensor '{name}' is missing")
         if state[name].shape != tensor.shape:
             raise ValueError(f"{path}: tensor '{name}' has shape {list(state[name].shape)}, expected {list(tensor.shape)}")
-    net.load_state_dict(state)
+    net.load_state_dict(state, strict=False)
     return net.eval()
 
 
@@ -219,8 +224,7 @@ def save_checkpoint(net: nn.Module, run: int) -> None:
         part.replace(checkpoint(run))
     except (OSError, RuntimeError) as error:
         part.unlink(missing_ok=True)
-        reason = str(error).splitlines()[0]
-        raise SystemExit(f"run {run}: {checkpoint(run)} cannot be written ({reason}); is the disk full?") from None
+        raise SystemExit(f"run {run}: {checkpoint(run)} cannot be written ({one_line(error)}); is the disk full?") from None
 
 
 def make_runs(device: str, runs: list[int]) -> None:
@@ -325,7 +329,7 @@ def working_devices() -> list[str]:
         except (RuntimeError, AssertionError) as error:
             raise SystemExit(
                 f"{torch.cuda.get_device_name(device)} does not work with torch {torch.__version__} "
-                f"({str(error).splitlines()[0]}): choose the accelerator GPU T4 x2 (a P100 is too old for today's torch)"
+                f"({one_line(error)}): choose the accelerator GPU T4 x2 (a P100 is too old for today's torch)"
             ) from None
         print(f"{device}: {torch.cuda.get_device_name(device)}")
     if not devices:
@@ -463,6 +467,7 @@ else:
 # %%
 LOCAL_DATA = os.environ.get("REHEARSAL_DATA", "digits")
 LOCAL_RUNS = int(os.environ.get("REHEARSAL_LOCAL_RUNS", 32))
+RESULTS = os.environ.get("REHEARSAL_RESULTS")  # else the kit's own
 
 
 def score_here(kit: Path) -> None:
@@ -473,10 +478,11 @@ def score_here(kit: Path) -> None:
     from evaluator.files import Problem, write_atomically
     from evaluator.runs import Method
 
-    script = kit / "results" / "notebook.py"
+    results = Path(RESULTS or kit / "results")
+    script = results / "notebook.py"
     write_atomically(script, lambda file: file.write(code_for_workers().encode()))
     try:
-        evaluation = Evaluation.of(LOCAL_DATA, runs=LOCAL_RUNS, results=kit / "results")
+        evaluation = Evaluation.of(LOCAL_DATA, runs=LOCAL_RUNS, results=results)
         summary = evaluation.score(Method.read(script))
     except Problem as problem:
         raise SystemExit(str(problem)) from None

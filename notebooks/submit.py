@@ -25,7 +25,7 @@ import build
 from evaluator.files import Problem, write_atomically, write_json
 
 COMPETITION = "neurips-2023-machine-unlearning"
-ON_KAGGLE = {"torch", "torchvision", "numpy", "pandas", "matplotlib", "IPython"}  # what the notebook may import there
+ON_KAGGLE = {"torch", "torchvision", "numpy", "pandas", "matplotlib", "PIL", "IPython"}  # what the notebook may import there
 KIT = {"evaluator"}  # imported only where the kit is at hand
 DEMANDED = {
     "code_file": "submission.ipynb",
