@@ -30,8 +30,14 @@ class Pool:
     def path(self, run: int) -> Path:
         return self.folder / f"run_{run:05d}.npz"
 
-    def missing(self, runs: Iterable[int]) -> list[int]:
-        return [run for run in runs if not self.path(run).exists()]
+    def network_path(self, run: int) -> Path:
+        """Of its weights, where they are kept."""
+        return self.folder / f"network_{run:05d}.pth"
+
+    def missing(self, runs: Iterable[int], networks: bool = False) -> list[int]:
+        """The runs that are not there; networks: or whose networks are not."""
+        files = (self.path, self.network_path) if networks else (self.path,)
+        return [run for run in runs if not all(file(run).exists() for file in files)]
 
     def save(self, run: int, values: dict[str, np.ndarray]) -> None:
         write_atomically(self.path(run), lambda file: np.savez(file, **values))

@@ -141,7 +141,7 @@ def retrained_pool(setting: Setting, data: Data, recipe: Recipe, runs: int, kind
     """A pool of networks that never saw the forget set; kind "retrained_again" is a second, independent one."""
     made_from = {"kind": kind, "data": data.digest, "recipe": dataclasses.asdict(recipe), "format": 1}
     pool = Pool(setting.results_of(data, kind), made_from)
-    tasks = _blocks(pool, runs, recipe.networks_at_once)
+    tasks = _blocks(setting, pool, runs, recipe.networks_at_once)
     work_through(
         setting, pool, runs, kind.replace("_", " "), tasks, functools.partial(_retrain, setting, pool, recipe, kind)
     )
@@ -167,7 +167,7 @@ def unlearned_pool(setting: Setting, data: Data, recipe: Recipe, method: Method,
             for run in pool.missing(range(runs)):
                 pool.save(run, {name: value[0] for name, value in asked.items()} | {"seconds": np.array(0.0)})
         return pool
-    tasks = _blocks(pool, runs, recipe.networks_at_once if method.ensemble else 1)
+    tasks = _blocks(setting, pool, runs, recipe.networks_at_once if method.ensemble else 1)
     work_through(setting, pool, runs, method.name, tasks, functools.partial(_unlearn, setting, pool, recipe, method))
     return pool
 
@@ -185,10 +185,10 @@ def seconds_alone(setting: Setting, data: Data, recipe: Recipe, method: Method, 
     return float(np.median(seconds))
 
 
-def _blocks(pool: Pool, runs: int, size: int) -> list[list[int]]:
+def _blocks(setting: Setting, pool: Pool, runs: int, size: int) -> list[list[int]]:
     """The runs to make, in groups that are made together. A group is always whole: whom a run shares an ensemble with
     depends on its number alone, so that 100 runs are the first 100 of 512."""
-    wanted = {run // size for run in pool.missing(range(runs))}
+    wanted = {run // size for run in pool.missing(range(runs), setting.keep_networks)}
     return [list(range(block * size, (block + 1) * size)) for block in sorted(wanted)]
 
 
@@ -245,9 +245,11 @@ def _keep(setting: Setting, pool: Pool, task: list[int], net: nn.Module, seconds
         values = {name: value[k] for name, value in asked.items()}
         for name, value in values.items():
             if not np.isfinite(value).all():
-                raise Problem(f"run {run}: {name} holds a value that is not finite; the run is not kept")
+                raise Problem(
+                    f"{pool.folder.parent.name}: run {run}: {name} holds a value that is not finite; the run is not kept"
+                )
         if setting.keep_networks:
-            save_network(getattr(net, "members", [net])[k], pool.folder / f"network_{run:05d}.pth")
+            save_network(getattr(net, "members", [net])[k], pool.network_path(run))
         pool.save(run, values | {"seconds": np.array(seconds / len(task))})
 
 

@@ -76,7 +76,12 @@ def train(
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     else:
         schedule = torch.optim.lr_scheduler.OneCycleLR(
-            optimizer, recipe.learning_rate, steps + 1, pct_start=0.2, anneal_strategy="linear", cycle_momentum=False
+            optimizer,
+            recipe.learning_rate,
+            steps + 1,
+            pct_start=max(0.2, 2 / (steps + 1)),
+            anneal_strategy="linear",
+            cycle_momentum=False,
         )
     weight = 1 / class_counts.clamp(min=1) if recipe.class_weighted else None
     done = 0

@@ -1,0 +1,464 @@
+"""evaluate.py from end to end on a small data set: what it keeps, goes on from, and refuses."""
+
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+import evaluate
+from evaluator import runs as runs_module
+from evaluator.data import load
+from evaluator.metric import competition_score, epsilons, forgetting_quality, logit_scaled_confidence
+from evaluator.models import load_network
+from evaluator.training import Recipe, original_network
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# One network a run, of any user's code: a little noise, so that runs differ, and half an epoch of repair.
+METHOD = """
+from dataclasses import dataclass
+import torch
+
+@dataclass(frozen=True)
+class Config:
+    noise: float = 0.02
+
+def unlearning(net, retain_loader, forget_loader, val_loader, config=Config()):
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter += config.noise * torch.randn(parameter.shape)
+    optimizer = torch.optim.SGD(net.parameters(), 1e-3)
+    net.train()
+    for batch in retain_loader:
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(net(batch["image"]), batch["age_group"]).backward()
+        optimizer.step()
+    net.eval()
+"""
+FINETUNE = str(ROOT / "methods" / "finetune.py")  # K networks as one
+
+
+@pytest.fixture(scope="module")
+def data(small_digits) -> Path:
+    """The original is trained once, for all tests."""
+    examples = load(small_digits)
+    original_network(examples, Recipe.of(examples))
+    return small_digits
+
+
+@pytest.fixture(scope="module")
+def method(tmp_path_factory) -> str:
+    path = tmp_path_factory.mktemp("methods") / "noisy.py"
+    path.write_text(METHOD)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(data, method, tmp_path_factory) -> Path:
+    """Results of 12 runs of two methods, in one process without interruption."""
+    results = tmp_path_factory.mktemp("undisturbed")
+    assert run(data, results, method, FINETUNE, runs=12) == 0
+    return results
+
+
+def run(data: Path, results: Path, *arguments, runs: int = 4, jobs: int = 1) -> int:
+    common = ["--data", data, "--results", results, "--runs", runs, "--jobs", jobs, "--device", "cpu"]
+    return evaluate.main([str(argument) for argument in [*arguments, *common]])
+
+
+def command(data: Path, results: Path, *arguments, runs: int = 4, jobs: int = 1) -> list[str]:
+    common = ["--data", data, "--results", results, "--runs", runs, "--jobs", jobs, "--device", "cpu"]
+    return [sys.executable, str(ROOT / "evaluate.py"), *(str(argument) for argument in [*arguments, *common])]
+
+
+def kept(results: Path) -> dict[str, dict]:
+    """Everything in the results that must not depend on anything but the inputs: all but times."""
+    found = {}
+    for path in sorted(results.rglob("run_*.npz")):
+        with np.load(path) as file:
+            values = {name: file[name].tobytes() for name in file.files if name != "seconds"}
+        found[str(path.relative_to(results))] = values
+    for path in sorted(results.rglob("summary.json")):
+        times = ("seconds_per_run", "fraction_of_retraining")
+        summary = {name: value for name, value in json.loads(path.read_text()).items() if name not in times}
+        found[str(path.relative_to(results))] = summary
+    for path in sorted(results.rglob("examples.csv")):
+        found[str(path.relative_to(results))] = {"text": path.read_text()}
+    return found
+
+
+def times(results: Path) -> dict[Path, int]:
+    return {path: path.stat().st_mtime_ns for path in results.rglob("run_*.npz")}
+
+
+# What is printed and kept
+
+
+def test_the_table_and_the_files(data, method, tmp_path, capsys):
+    assert run(data, tmp_path, method, runs=4) == 0
+    printed = capsys.readouterr().out
+    folder = tmp_path / "small_digits" / "public" / "noisy"
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["runs"] == 4 and summary["config"] == {"noise": 0.02} and summary["split"] == "public"
+    assert summary["seconds_per_run"] > 0 and summary["fraction_of_retraining"] > 0
+    assert "small_digits, public split, 4 runs" in printed and f"{summary['forget_examples']} forget examples" in printed
+    (row,) = (line for line in printed.splitlines() if line.startswith("noisy "))
+    assert f"{summary['score']:.4f}" in row and f"{summary['forgetting_quality']:.4f}" in row
+    assert re.search(r"^\(ceiling, estimated\) +0\.\d{4}", printed, re.MULTILINE)
+    for name in ("forget_confidences.png", "retain_confidences.png", "epsilons.png"):
+        assert (folder / name).read_bytes().startswith(b"\x89PNG")
+    page = (folder.parent / "report.html").read_text()
+    assert "noisy" in page and page.count("data:image/png") == 3
+    assert len(pd.read_csv(folder / "examples.csv")) == summary["forget_examples"]
+
+
+def test_the_summary_follows_from_the_kept_runs(undisturbed, data):
+    """Worked out again here from the runs' files, with the metric's public functions alone."""
+    folder = undisturbed / "small_digits" / "public"
+    summary = json.loads((folder / "noisy" / "summary.json").read_text())
+    pools = {}
+    for kind in ("noisy", "retrained"):
+        files = [np.load(path) for path in sorted(folder.glob(f"{kind}/*/run_*.npz"))]
+        assert len(files) == 12
+        pools[kind] = {name: torch.from_numpy(np.stack([file[name] for file in files])) for name in files[0].files}
+    targets = load(data).forget.age_group
+    ours, theirs = (logit_scaled_confidence(pools[kind]["forget_logits"], targets) for kind in ("noisy", "retrained"))
+    quality = forgetting_quality(epsilons(ours, theirs), 12)
+    assert summary["forgetting_quality"] == quality
+    accuracies = [pools[kind][name].mean().item() for name in ("ra", "ta") for kind in ("noisy", "retrained")]
+    assert summary["score"] == pytest.approx(competition_score(quality, *accuracies), rel=1e-12)
+
+
+def test_kept_answers_are_those_of_the_networks(data, method, tmp_path):
+    assert run(data, tmp_path, method, "--keep-networks", runs=4) == 0
+    examples = load(data)
+    for kind in ("noisy", "retrained"):
+        (folder,) = (tmp_path / "small_digits" / "public" / kind).glob("*/")
+        for number in range(4):
+            net = Recipe.of(examples).network(10)
+            load_network(net, folder / f"network_{number:05d}.pth")
+            with torch.no_grad():
+                logits = net.eval()(examples.forget.images.float())
+            kept_logits = torch.from_numpy(np.load(folder / f"run_{number:05d}.npz")["forget_logits"])
+            torch.testing.assert_close(logits, kept_logits, rtol=1e-4, atol=1e-4)
+
+
+def test_networks_asked_for_later(data, method, tmp_path):
+    assert run(data, tmp_path, method, runs=4) == 0
+    assert not list(tmp_path.rglob("network_*.pth"))
+    before = kept(tmp_path)
+    assert run(data, tmp_path, method, "--keep-networks", runs=4) == 0
+    assert len(list(tmp_path.rglob("noisy/*/network_*.pth"))) == 4
+    assert kept(tmp_path) == before
+
+
+def test_no_method_is_unlearning_py_beside_the_baselines(data, tmp_path, capsys):
+    assert run(data, tmp_path, runs=4) == 0
+    rows = [line.split()[0] for line in capsys.readouterr().out.splitlines() if re.search(r"0\.\d{4}", line)]
+    assert rows == ["no_unlearning", "finetune", "negrad", "unlearning", "(ceiling,"]
+
+
+def test_a_second_pool_measures_the_ceiling(data, method, tmp_path, capsys):
+    assert run(data, tmp_path, method, "--second-pool") == 0
+    assert "(ceiling, measured)" in capsys.readouterr().out
+    pools = [sorted(tmp_path.rglob(f"{kind}/*/run_*.npz")) for kind in ("retrained", "retrained_again")]
+    first, again = ([np.load(path)["forget_logits"].tobytes() for path in pool] for pool in pools)
+    assert len(first) == len(again) == 4 and not set(first) & set(again)
+
+
+def test_output_without_a_terminal_has_no_control_characters(data, method, tmp_path):
+    done = subprocess.run(command(data, tmp_path, method), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f]", done.stdout + done.stderr)
+
+
+# The same result whatever happens on the way
+
+
+@pytest.mark.parametrize("jobs", [2, 3])
+def test_the_same_bits_with_more_workers(undisturbed, data, method, tmp_path, jobs):
+    assert run(data, tmp_path, method, FINETUNE, runs=12, jobs=jobs) == 0
+    assert kept(tmp_path) == kept(undisturbed)
+
+
+def test_the_same_bits_after_fewer_runs(undisturbed, data, method, tmp_path):
+    """6 runs are the first 6 of 12, and are kept: also where they share an ensemble with others."""
+    assert run(data, tmp_path, method, FINETUNE, runs=6) == 0
+    before = times(tmp_path)
+    assert run(data, tmp_path, method, FINETUNE, runs=12) == 0
+    assert kept(tmp_path) == kept(undisturbed)
+    assert before.items() <= times(tmp_path).items()
+
+
+def test_a_run_deleted_is_made_again_alone(undisturbed, data, method, tmp_path):
+    results = tmp_path / "results"
+    shutil.copytree(undisturbed, results)
+    before = times(results)
+    (gone,) = results.rglob("noisy/*/run_00007.npz")
+    gone.unlink()
+    assert run(data, results, method, FINETUNE, runs=12) == 0
+    assert kept(results) == kept(undisturbed)
+    assert {path for path, at in times(results).items() if before[path] != at} == {gone}
+
+
+def test_a_repeat_only_reads(undisturbed, data, method, capsys):
+    before = {path: path.stat().st_mtime_ns for path in undisturbed.rglob("*") if path.is_file()}
+    assert run(data, undisturbed, method, FINETUNE, runs=12) == 0
+    after = {path: path.stat().st_mtime_ns for path in undisturbed.rglob("*") if path.is_file()}
+    assert {path.name for path in after if after[path] != before.get(path)} <= {"report.html"}
+
+
+def test_another_hyperparameter_redoes_only_the_unlearned_runs(undisturbed, data, method, tmp_path):
+    results = tmp_path / "results"
+    shutil.copytree(undisturbed, results)
+    before = times(results)
+    assert run(data, results, method, "--set", "noise=0.03", runs=12) == 0
+    after = times(results)
+    assert before.items() <= after.items()
+    new = {path for path in after if path not in before}
+    assert len(new) == 12 and {path.parent.parent.name for path in new} == {"noisy"}
+    summary = json.loads((results / "small_digits" / "public" / "noisy" / "summary.json").read_text())
+    assert summary["config"] == {"noise": 0.03}
+
+
+def test_the_splits_do_not_mix(undisturbed, data, method, tmp_path):
+    results = tmp_path / "results"
+    shutil.copytree(undisturbed, results)
+    assert run(data, results, method, "--split", "private", runs=4) == 0
+    summaries = [
+        json.loads((results / "small_digits" / split / "noisy" / "summary.json").read_text())
+        for split in ("public", "private")
+    ]
+    assert [summary["split"] for summary in summaries] == ["public", "private"]
+    assert summaries[0] == json.loads((undisturbed / "small_digits" / "public" / "noisy" / "summary.json").read_text())
+
+
+def test_kill_at_any_moment(data, tmp_path):
+    """kill -9, 20 times, at moments drawn at random: the finished result is that of an undisturbed evaluation."""
+    slow = tmp_path / "slow.py"  # long enough for a kill to hit every stage of it
+    slow.write_text(METHOD.replace("    net.eval()", "    import time; time.sleep(0.05)\n    net.eval()"))
+    draw = random.Random(20)
+    folder = tmp_path / "data"
+    shutil.copytree(data, folder)  # under its own name, as results lie under the data set's
+    (folder / "original_model.pth").unlink()  # its training is among what is hit
+    results = tmp_path / "results"
+    kills = hit = 0
+    while kills < 20:
+        process = subprocess.Popen(
+            command(folder, results, slow, FINETUNE, runs=96, jobs=draw.choice([1, 2])),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,  # its workers are killed with it
+        )
+        before, wanted = len(times(results)), draw.randint(0, 12)
+        start = time.monotonic()
+        while process.poll() is None and len(times(results)) < before + wanted and time.monotonic() - start < 60:
+            time.sleep(0.005)
+        time.sleep(draw.uniform(0, 0.3) if wanted else draw.uniform(0, 6))
+        assert process.poll() is None, "finished before it was killed 20 times"
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        kills += 1
+        hit += len(times(results)) > before
+    assert hit >= 10  # most of them while runs were being made
+    assert run(folder, results, slow, FINETUNE, runs=96) == 0
+    assert run(folder, tmp_path / "undisturbed", slow, FINETUNE, runs=96) == 0
+    assert kept(results) == kept(tmp_path / "undisturbed")
+
+
+def test_ctrl_c(data, method, tmp_path):
+    process = subprocess.Popen(
+        command(data, tmp_path, method, runs=400, jobs=2), stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    while not times(tmp_path):
+        assert process.poll() is None
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the workers too
+    stderr = process.communicate(timeout=60)[1]
+    assert process.returncode == 130
+    assert stderr.splitlines()[-1] == "interrupted; what was finished is kept, the same command goes on from there"
+    assert "Traceback" not in stderr
+
+
+# What is refused: one line that names it, exit code 1, nothing finished lost
+
+
+def refused(capsys, code: int) -> str:
+    assert code == 1
+    line = capsys.readouterr().err.rstrip("\n").splitlines()[-1]
+    assert line.startswith("error: ")
+    return line
+
+
+def bad(tmp_path: Path, body: str) -> Path:
+    """A method file; the body's lines are unlearning's."""
+    path = tmp_path / "bad.py"
+    lines = "\n".join(f"    {line}" for line in body.splitlines())
+    path.write_text(
+        f"import time\nimport torch\n\ndef unlearning(net, retain_loader, forget_loader, val_loader):\n{lines}\n"
+    )
+    return path
+
+
+IN_RUN_6 = "if torch.initial_seed() == 6:\n    {}\nnet.eval()"
+
+
+@pytest.mark.parametrize(
+    ("body", "named"),
+    [
+        (IN_RUN_6.format("raise KeyError('fc2')"), ["run 6:", "KeyError", "fc2", "line 6"]),
+        (IN_RUN_6.format("raise ValueError('two\\nlines')"), ["run 6:", "ValueError: two lines"]),
+        (IN_RUN_6.format("assert False"), ["run 6:", "AssertionError"]),
+        (IN_RUN_6.format("return torch.nn.Linear(2, 2)"), ["run 6:", "returned a Linear", "return None"]),
+        (IN_RUN_6.format("net.fc = torch.nn.Linear(32, 7)"), ["run 6:", "fc.weight", "[7, 32]", "[10, 32]"]),
+        (IN_RUN_6.format("net.fc = torch.nn.Identity()"), ["run 6:", "fc.weight", "missing"]),
+        (IN_RUN_6.format("net.extra = torch.nn.Linear(2, 2)"), ["run 6:", "extra.weight", "does not belong"]),
+        (IN_RUN_6.format("net.fc.bias.data[3] = float('nan')"), ["run 6:", "NaN", "fc.bias"]),
+        (IN_RUN_6.format("net.conv1.weight.data *= 1e38"), ["run 6:", "not finite"]),
+        (IN_RUN_6.format("net.train(); return"), ["run 6:", "train mode", "net.eval()"]),
+        (IN_RUN_6.format("retain_loader.dataset.images.zero_()"), ["run 6:", "changed", "retain"]),
+        (IN_RUN_6.format("forget_loader.dataset.age_group += 1"), ["run 6:", "changed", "forget"]),
+        (IN_RUN_6.format("val_loader.dataset.images = val_loader.dataset.images[:5]"), ["run 6:", "changed", "validation"]),
+    ],
+)  # fmt: skip
+def test_a_method_that_breaks_the_contract_in_one_run(data, tmp_path, capsys, body, named):
+    path = bad(tmp_path, body)
+    line = refused(capsys, run(data, tmp_path / "results", path, runs=8))
+    assert all(text in line for text in ["bad", *named]), line
+    # What was finished is kept, the runs before it among it, and none of the failed one.
+    folder = tmp_path / "results" / "small_digits" / "public"
+    assert len(list(folder.glob("retrained/*/run_*.npz"))) == 8
+    assert [path.stem for path in sorted(folder.glob("bad/*/run_*.npz"))] == [f"run_{number:05d}" for number in range(6)]
+    assert not (folder / "bad" / "summary.json").exists()
+
+
+def test_changed_loaders_do_no_harm_to_the_next_method(data, method, tmp_path, undisturbed, capsys):
+    """In the same process the data are as they were."""
+    path = bad(tmp_path, "retain_loader.dataset.images.zero_()\nforget_loader.dataset.age_group = None")
+    results = tmp_path / "results"
+    refused(capsys, run(data, results, path))
+    assert run(data, results, method, FINETUNE, runs=12) == 0
+    assert {name: value for name, value in kept(results).items() if "bad/" not in name} == kept(undisturbed)
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_a_run_over_the_time_limit(data, tmp_path, capsys, jobs):
+    path = bad(tmp_path, IN_RUN_6.format("time.sleep(60)"))
+    start = time.monotonic()
+    line = refused(capsys, run(data, tmp_path / "results", path, "--time-limit", "1.5", runs=8, jobs=jobs))
+    assert time.monotonic() - start < 40
+    assert "run 6:" in line and "time limit of 1.5 s" in line and str(path) in line
+
+
+def test_a_method_cannot_swallow_the_time_limit(data, tmp_path, capsys):
+    path = bad(tmp_path, "try:\n    time.sleep(60)\nexcept Exception:\n    pass")
+    assert "run 0:" in refused(capsys, run(data, tmp_path / "results", path, "--time-limit", "0.5"))
+
+
+@pytest.mark.parametrize(
+    ("source", "named"),
+    [
+        ("def unlearn(net): pass", "no function unlearning("),
+        ("unlearning = 3", "no function unlearning("),
+        ("def unlearning(:", "SyntaxError"),
+        ("import no_such_package", "no_such_package"),
+    ],
+)
+def test_a_file_that_is_no_method(data, tmp_path, capsys, source, named):
+    path = tmp_path / "bad.py"
+    path.write_text(source)
+    line = refused(capsys, run(data, tmp_path / "results", path))
+    assert str(path) in line and named in line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["nowhere.py"], "nowhere.py: no such method file"),
+        (["README.md"], "README.md: neither a .py file nor an .ipynb notebook"),
+        (["--runs", "1"], "--runs 1"),
+        (["--runs", "0"], "--runs 0"),
+        (["--jobs", "0"], "--jobs 0"),
+        (["--device", "tpu"], "--device tpu"),
+        (["--data", "no_such_data"], "no_such_data"),
+        (["--split", "secret"], "secret"),
+        (["--set", "noise"], "--set noise: write FIELD=VALUE"),
+        ([FINETUNE, "--set", "noise=1"], "noise"),
+        ([FINETUNE, "--tuned"], "make tune"),
+        (["--checkpoints", "nowhere.zip"], "nowhere.zip"),
+    ],
+)
+def test_arguments_that_cannot_be_used(data, tmp_path, capsys, monkeypatch, arguments, named):
+    monkeypatch.chdir(ROOT)
+    common = ["--data", str(data), "--results", str(tmp_path), "--runs", "4", "--jobs", "1", "--device", "cpu"]
+    assert named in refused(capsys, evaluate.main([*common, *arguments]))
+
+
+def test_data_that_cannot_be_used(data, method, tmp_path, capsys):
+    """The kinds of damage are in test_data.py; here that they end as any other error."""
+    folder = tmp_path / "damaged"
+    shutil.copytree(data, folder)
+    image = min((folder / "images").rglob("*.png"))
+    image.write_bytes(image.read_bytes()[:50])
+    line = refused(capsys, run(folder, tmp_path / "results", method))
+    assert str(image) in line and "not a readable image" in line
+    image.unlink()
+    runs_module._load.cache_clear()
+    line = refused(capsys, run(folder, tmp_path / "results", method))
+    assert str(image) in line and "missing image" in line
+
+
+def test_an_original_of_another_shape(data, method, tmp_path, capsys):
+    folder = tmp_path / "data"
+    shutil.copytree(data, folder)
+    state = torch.load(folder / "original_model.pth", weights_only=True)
+    torch.save(state | {"fc.weight": torch.zeros(7, 32)}, folder / "original_model.pth")
+    line = refused(capsys, run(folder, tmp_path / "results", method))
+    assert str(folder / "original_model.pth") in line and "fc.weight" in line and "[7, 32]" in line
+
+
+def test_a_kept_run_that_was_cut_off(undisturbed, data, method, tmp_path, capsys):
+    results = tmp_path / "results"
+    shutil.copytree(undisturbed, results)
+    (cut,) = results.rglob("noisy/*/run_00003.npz")
+    cut.write_bytes(cut.read_bytes()[:700])
+    (results / "small_digits" / "public" / "noisy" / "summary.json").unlink()
+    line = refused(capsys, run(data, results, method, runs=12))
+    assert str(cut) in line and "delete it and run again" in line
+    cut.unlink()
+    assert run(data, results, method, FINETUNE, runs=12) == 0
+    assert kept(results) == kept(undisturbed)
+
+
+def test_results_that_cannot_be_written(data, method, tmp_path, capsys):
+    file = tmp_path / "results"
+    file.write_text("a file is in the way")
+    line = refused(capsys, run(data, file, method))
+    assert str(file) in line and "cannot be written" in line
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_a_disk_that_fills_up_in_the_middle_of_a_write(undisturbed, data, method, tmp_path, jobs):
+    """The system refuses to let any file grow beyond 2 kB, less than one run takes."""
+    results = tmp_path / "results"
+    full = f"ulimit -f 2; exec {' '.join(command(data, results, method, FINETUNE, runs=12, jobs=jobs))}"
+    done = subprocess.run(["bash", "-c", full], capture_output=True, text=True)
+    assert done.returncode == 1
+    line = done.stderr.rstrip("\n").splitlines()[-1]
+    assert re.match(r"error: .*run_\d+\.npz: cannot be written \(File too large\); nothing finished is lost", line), (
+        done.stderr
+    )
+    assert not list(results.rglob("run_*.npz")) and not list(results.rglob("*.part"))
+    assert run(data, results, method, FINETUNE, runs=12) == 0
+    assert kept(results) == kept(undisturbed)
