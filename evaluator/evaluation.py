@@ -78,6 +78,14 @@ class Evaluation:
         with stage(f"{self.runs} retrained networks"):
             return retrained_pool(self.setting, self.data, self.recipe, self.runs)
 
+    def unlearned(self, method: Method | Checkpoints) -> Pool:
+        """Its runs; those that are missing are made."""
+        _ = self.retrained  # the original is trained before, and what makes all methods fail is found first
+        with stage(f"{self.runs} runs of {method.name}"):
+            if isinstance(method, Checkpoints):
+                return method.pool(self.setting, self.data, self.recipe, self.runs)
+            return unlearned_pool(self.setting, self.data, self.recipe, method, self.runs)
+
     @cached_property
     def retraining_seconds(self) -> float:
         """Of one retraining, alone on one thread."""
@@ -99,13 +107,8 @@ class Evaluation:
 
     def score(self, method: Method | Checkpoints) -> dict:
         """Make the runs that are missing, and the summary, figures and tables where they are not of these very runs."""
-        retrained = self.retrained
+        retrained, unlearned = self.retrained, self.unlearned(method)
         folder = self.setting.results_of(self.data, method.name)
-        with stage(f"{self.runs} runs of {method.name}"):
-            if isinstance(method, Checkpoints):
-                unlearned = method.pool(self.setting, self.data, self.recipe, self.runs)
-            else:
-                unlearned = unlearned_pool(self.setting, self.data, self.recipe, method, self.runs)
         made_of = {"runs": self.runs, "unlearned": unlearned.folder.name, "retrained": retrained.folder.name}
         summary = read_json(folder / "summary.json")
         if summary and summary["made_of"] == made_of:

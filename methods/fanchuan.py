@@ -33,7 +33,7 @@ class Config:
     epochs: Annotated[float, (0.2, 1.5)] = 8  # over the retain set, in all rounds together, parts allowed
     repair_rate: Annotated[float, (1e-3, 5e-1, "log")] = 4e-3
     repair_decay: float = 1e-2  # weight decay of the repair; the other two have none
-    retain_batch: int = 4  # times the loader's: 256 where that is 64
+    retain_batch: Annotated[int, [4, 1]] = 4  # times the loader's: 256 where that is 64
     momentum: float = 0.9
 
 

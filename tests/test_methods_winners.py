@@ -27,7 +27,7 @@ SHORT = {
     kookmin: dict(epochs=1.5, learning_rate=1e-2),
     seif: dict(epochs=1.5, learning_rate=1e-2, noise=0.1),
     sebastian: dict(epochs=1.5, learning_rate=1e-2, share=0.5),
-    toshi_k: dict(epochs=1.5, learning_rate=1e-2, share=0.5),
+    toshi_k: dict(epochs=1.5, learning_rate=1e-2, share=0.5, likely=1e-4),
     amnesiacs: dict(epochs=1, imitation_epochs=1, learning_rate=1e-2, imitation_rate=1e-2),
     sun: dict(rounds=3, last_rates=(1, 5), epochs=1.5, learning_rate=1e-2),
 }
@@ -407,7 +407,7 @@ def test_toshi_k_transposes_every_kernel(net, original):
 
 
 def test_toshi_k_transposes_before_training(original):
-    net = unlearned(toshi_k, original, learning_rate=0.0)
+    net = unlearned(toshi_k, original, learning_rate=0.0, relabel=0.0)
     for name, weight in convolutions(net).items():
         assert torch.equal(weight, convolutions(original)[name].transpose(2, 3))
 
@@ -420,6 +420,43 @@ def test_toshi_k_draws_the_layers_where_it_takes_only_some(original):
         drawn.append(changed(net, original))
     assert [len(names) for names in drawn] == [8, 8]  # of 17 with more than one weight a kernel
     assert drawn[0] != drawn[1]
+
+
+def test_toshi_k_pseudo_labels_are_the_originals_second_choices(net, original):
+    images, labels = toshi_k.pseudo_labels(net, FORGET, likely=0.0)
+    assert torch.equal(images, FORGET.images.float())
+    probabilities = logits(original, FORGET).softmax(-1)
+    for row, (label, true) in enumerate(zip(labels.tolist(), FORGET.age_group.tolist(), strict=True)):
+        assert label != true
+        others = [probabilities[row, k].item() for k in range(10) if k != true]
+        assert probabilities[row, label].item() == max(others)
+    likely = probabilities.gather(1, labels[:, None])[:, 0].sort().values[12].item()
+    assert len(toshi_k.pseudo_labels(net, FORGET, likely)[1]) == 8  # those from the 13th of 20
+
+
+def test_toshi_k_puts_pseudo_labelled_images_into_retain_batches():
+    images, labels = RETAIN.images[:BATCH].float(), RETAIN.age_group[:BATCH].clone()
+    before = images.clone(), labels.clone()
+    wrong = (FORGET.age_group + 1) % 10
+    toshi_k.insert(images, labels, (FORGET.images.float(), wrong), 5, source())
+    assert torch.equal(images[5:], before[0][5:]) and torch.equal(labels[5:], before[1][5:])
+    for image, label in zip(images[:5], labels[:5], strict=True):
+        (row,) = (FORGET.images.float() == image).flatten(1).all(1).nonzero()[0].tolist()
+        assert label == wrong[row]
+
+
+def test_toshi_k_a_run_takes_one_of_the_two(original):
+    """With a learning rate of 0 the kernels show which; the other one trains on other labels."""
+    swapped = [
+        torch.equal(
+            unlearned(toshi_k, original, seed, learning_rate=0.0).conv1.weight, original.conv1.weight.transpose(2, 3)
+        )
+        for seed in range(12)
+    ]
+    assert 2 <= sum(swapped) <= 10
+    nets = [unlearned(toshi_k, original, relabel=1.0, likely=likely, learning_rate=1e-2) for likely in (0.0, 1.0)]
+    right = [(logits(net, FORGET).argmax(-1) == FORGET.age_group).double().mean().item() for net in nets]
+    assert right[0] < right[1]
 
 
 # amnesiacs
