@@ -12,6 +12,7 @@ import argparse
 import dataclasses
 import sys
 import tempfile
+import time
 import typing
 from pathlib import Path
 
@@ -28,13 +29,13 @@ DRAWN_AT_RANDOM = 8  # trials, before the sampler starts to learn from them
 
 def tuned_values(path: Path | str, data_name: str) -> dict:
     """The Config values found for a method file. Raises Problem where there are none."""
-    kept = (read_json(_file(data_name)) or {}).get(Path(path).stem)
+    kept = (read_json(tuned_file(data_name)) or {}).get(Path(path).stem)
     if kept is None:
         raise Problem(f"{path}: has not been tuned on {data_name}: make tune METHOD={path}")
     return kept["config"]
 
 
-def _file(data_name: str) -> Path:
+def tuned_file(data_name: str) -> Path:
     return HERE / "methods" / "tuned" / f"{data_name}.json"
 
 
@@ -156,10 +157,15 @@ def main() -> None:
         evaluation = Evaluation.of(args.data, "public", args.runs, args.results, args.jobs, args.device)
         for path in args.methods or [HERE / "unlearning.py", *sorted((HERE / "methods").glob("*.py"))]:
             method = Method.read(path, evaluation.data.name)
+            start = time.perf_counter()
             found = tune(evaluation, method, args.trials)
-            file = _file(evaluation.data.name)
+            minutes = (time.perf_counter() - start) / 60
+            file = tuned_file(evaluation.data.name)
             write_json(file, dict(sorted(((read_json(file) or {}) | {method.name: found}).items())))
-            print(f"{method.name}: score {found['score']:.4f} at N = {found['runs']}, {found['config']}", flush=True)
+            print(
+                f"{method.name}: score {found['score']:.4f} at N = {found['runs']}, {found['config']} ({minutes:.1f} min)",
+                flush=True,
+            )
     except Problem as problem:
         sys.exit(f"error: {problem}")
     except KeyboardInterrupt:

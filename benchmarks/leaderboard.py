@@ -1,0 +1,224 @@
+"""All methods, tuned alike, on both splits: prints one table, writes results/leaderboard.csv and RESULTS.md.
+
+    python -m benchmarks.leaderboard            N = 512 (make leaderboard); goes on where it was interrupted
+    python -m benchmarks.leaderboard --runs 64  a first impression
+
+Every method has the values that `make tune` found on the public split; unlearning.py is there with its published algorithms
+too. The order is that of the private split, whose forget set no value was chosen on.
+"""
+
+import argparse
+import dataclasses
+import math
+import platform
+import sys
+from pathlib import Path
+
+import pandas as pd
+from matplotlib.figure import Figure
+from scipy.stats import spearmanr
+
+from evaluator.evaluation import HERE, Evaluation
+from evaluator.files import Problem, read_json, write_atomically
+from evaluator.report import COST_LIMIT, RETRAINED, UNLEARNED, score, versions, write_csv
+from evaluator.runs import NO_UNLEARNING, Method
+from evaluator.tuning import tuned_file, tuned_values
+
+SPLITS = ("public", "private")
+QUICK = 64  # runs of a first impression, that the full number is compared with
+# Of the competition's private half where there is one: the teams' write-ups, the organisers for the baselines.
+PUBLISHED = {
+    "fanchuan": 0.0985,
+    "unlearning": 0.0939,
+    "algorithm_1": 0.0939,
+    "algorithm_2": 0.0929,
+    "kookmin": 0.0902,
+    "seif": 0.0885,
+    "sebastian": 0.0863,
+    "toshi_k": 0.0785,
+    "amnesiacs": 0.0783,
+    "finetune": 0.0464,
+    "negrad": 0.0001,
+}
+
+
+def contestants(data: str) -> list[Method]:
+    """Every method, with its tuned values; Raises Problem where one has not been tuned."""
+    ours = HERE / "unlearning.py"
+    tuned = [Method.read(path, data, tuned_values(path, data)) for path in [ours, *sorted((HERE / "methods").glob("*.py"))]]
+    published = [dataclasses.replace(Method.read(ours, name), name=name) for name in ("algorithm_1", "algorithm_2")]
+    return [NO_UNLEARNING, *tuned, *published]
+
+
+def scores(evaluation: Evaluation, methods: list[Method]) -> pd.DataFrame:
+    """One row a method and one for the ceiling, indexed by name; `quick` is the score of the first runs alone."""
+    rows = {method.name: evaluation.score(method) for method in methods}
+    rows["(ceiling, estimated)"] = evaluation.ceiling
+    table = pd.DataFrame.from_dict(rows, orient="index")
+    first = range(min(QUICK, evaluation.runs))
+    retrained = evaluation.retrained.load(first)
+    for method in methods:
+        summary, _ = score(evaluation.unlearned(method).load(first), retrained, evaluation.data)
+        table.loc[method.name, "quick"] = summary["score"]
+    return table
+
+
+def leaderboard(splits: dict[str, pd.DataFrame]) -> pd.DataFrame:
+    """Ranked by the private score; F, ratios and costs are of the private split too."""
+    public, private = splits["public"], splits["private"]
+    table = pd.DataFrame(
+        {
+            "F": private.forgetting_quality,
+            "RA_U/RA_R": private.ra_unlearned / private.ra_retrained,
+            "TA_U/TA_R": private.ta_unlearned / private.ta_retrained,
+            "private score": private.score,
+            "public score": public.score,
+            "of ceiling": private.score / private.score["(ceiling, estimated)"],
+            "s/run": private.seconds_per_run,
+            "cost of a retraining": private.fraction_of_retraining,
+            "published": pd.Series(PUBLISHED),
+        }
+    ).loc[private.index]
+    table = table.sort_values("private score", ascending=False, kind="stable")
+    methods = [name for name in table.index if not name.startswith("(")]
+    table.insert(0, "rank", pd.Series(range(1, len(methods) + 1), methods, dtype="Int64"))
+    return table.rename_axis("method").reset_index()
+
+
+def as_text(table: pd.DataFrame) -> pd.DataFrame:
+    """What people read: rounded, nothing where there is nothing, and what is over the limit marked."""
+
+    def cost(value: float) -> str:
+        return "" if math.isnan(value) else f"{value:.0%}" + (" **over**" if value > COST_LIMIT else "")
+
+    forms = {
+        **dict.fromkeys(("F", "RA_U/RA_R", "TA_U/TA_R", "private score", "public score", "published"), "{:.4f}".format),
+        "s/run": "{:.2f}".format,
+        "of ceiling": "{:.0%}".format,
+        "cost of a retraining": cost,
+        "rank": "{:d}".format,
+    }
+    return table.assign(**{name: table[name].map(form, na_action="ignore").fillna("") for name, form in forms.items()})
+
+
+def correlations(splits: dict[str, pd.DataFrame], runs: int) -> list[str]:
+    """How far one ranking tells another, over the methods (Spearman)."""
+    public, private = (table[~table.index.str.startswith("(")] for table in splits.values())
+    pairs = {f"public and private, N = {runs}": (public.score, private.score)}
+    if runs > QUICK:
+        for split, table in (("public", public), ("private", private)):
+            pairs[f"N = {QUICK} and N = {runs}, {split}"] = (table.quick, table.score)
+    return [f"{what}: {spearmanr(*pair).statistic:.3f}" for what, pair in pairs.items()]
+
+
+def draw(table: pd.DataFrame, path: Path, title: str) -> None:
+    """Bars of the private score, a mark for the public one, a line for the ceiling."""
+    ceiling = table[table.method.str.startswith("(")]["private score"].item()
+    methods = table[table["rank"].notna()][::-1]
+    figure = Figure(figsize=(7, 0.27 * len(methods) + 1), layout="constrained")
+    axes = figure.subplots()
+    colours = [UNLEARNED if name == "unlearning" else "#9db4c0" for name in methods.method]
+    axes.barh(methods.method, methods["private score"], color=colours, label="private split")
+    axes.plot(methods["public score"], methods.method, "k|", markersize=9, label="public split")
+    axes.axvline(ceiling, color=RETRAINED, linestyle="--", linewidth=1, label="ceiling (private, estimated)")
+    over = methods["cost of a retraining"] > COST_LIMIT
+    for name, value in zip(methods.method[over], methods[["private score", "public score"]].max(axis=1)[over], strict=True):
+        axes.annotate("over 20% of the cost", (value, name), (6, 0), textcoords="offset points", va="center", fontsize=7)
+    axes.set(title=title, xlabel="score")
+    axes.margins(y=0.01)
+    axes.legend(loc="lower right")
+    write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=150))
+
+
+def markdown(table: pd.DataFrame) -> str:
+    lines = [table.columns, ["---", "---:"] + ["---:"] * (table.shape[1] - 2), *table.itertuples(index=False)]
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
+
+
+def budget(data: str) -> str:
+    """What each method's search was allowed, in words. Raises Problem when it was not the same for all."""
+    found = read_json(tuned_file(data))
+    given = {(kept["trials"], kept["runs"]) for kept in found.values()}
+    if len(given) > 1:
+        raise Problem(f"{tuned_file(data)}: the methods had different budgets (trials, runs): {sorted(given)}; make tune")
+    ((trials, runs),) = given
+    return f"{trials} scored settings at N = {runs}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", default="digits")
+    parser.add_argument("--runs", type=int, default=512)
+    parser.add_argument("--jobs", type=int, help="processes (default: one a core, or one a GPU)")
+    parser.add_argument("--results", type=Path, default=Path("results"))
+    parser.add_argument("--page", type=Path, default=HERE / "RESULTS.md", help="its figure goes into docs/ beside it")
+    args = parser.parse_args()
+    try:
+        splits, sizes, minutes = {}, [], 0.0
+        for split in SPLITS:
+            evaluation = Evaluation.of(args.data, split, args.runs, args.results, args.jobs)
+            methods = contestants(evaluation.data.name)
+            splits[split] = scores(evaluation, methods)
+            sizes.append(str(len(evaluation.data.forget)))
+            pools = [evaluation.retrained, *(evaluation.unlearned(method) for method in methods)]
+            minutes += sum(pool.load(range(args.runs))["seconds"].sum().item() for pool in pools) / 60
+        searched = budget(evaluation.data.name)
+        table = leaderboard(splits)
+        write_csv(args.results / "leaderboard.csv", table)
+        title = f"{evaluation.data.name}, {args.runs} runs"
+        picture = args.page.parent / "docs" / "leaderboard.png"
+        draw(table, picture, title)
+    except Problem as problem:
+        sys.exit(f"error: {problem}")
+    correlated = correlations(splits, args.runs)
+    shown = as_text(table)
+    text = RESULTS.format(
+        data=evaluation.data.name,
+        runs=args.runs,
+        sizes=" and ".join(sizes),
+        table=markdown(shown),
+        picture=picture.relative_to(args.page.parent),
+        correlations="\n".join(f"- {line}" for line in correlated),
+        budget=searched,
+        minutes=minutes,
+        machine=", ".join([platform.machine(), versions()["processor"], f"torch {versions()['torch']}"]),
+    )
+    write_atomically(args.page, lambda file: file.write(text.encode()))
+    print(f"\n{title}\n{shown.to_string(index=False)}\n\nrank correlations")
+    print("\n".join(f"  {line}" for line in correlated))
+    print(f"\n{minutes:.0f} minutes of processor time in the kept runs; {args.page} and {picture} written")
+
+
+RESULTS = """<!-- Generated by `make leaderboard`; edits are lost. -->
+# Results: {data}, {runs} runs
+
+Every method of the kit under the competition's metric, {runs} unlearned against {runs} retrained networks, forget sets of
+{sizes} examples (public and private split). Values were tuned on the public split, each method with {budget}
+within 20% of a retraining's cost (`make tune`); the order is that of the private split. `algorithm_1` and `algorithm_2` are
+unlearning.py with its published values, made for a network that trains for longer; a cost over the competition's limit
+is marked. *Published* is the score in the competition: other data, another network; only the order may be compared.
+
+{table}
+
+![Scores of all methods]({picture})
+
+What the scores mean: [docs/metric.md](docs/metric.md). The ceiling is what a perfect unlearner would get, estimated from
+the retrained networks.
+
+## How far to trust a quick run
+
+Spearman's rank correlation over the methods:
+
+{correlations}
+
+## Made by
+
+    make tune           # values in methods/tuned/{data}.json; kept, so this is only needed for new methods or data
+    make leaderboard    # this page
+
+The runs took {minutes:.0f} minutes of processor time in all ({machine}). Both commands go on where they were interrupted.
+"""
+
+
+if __name__ == "__main__":
+    main()
