@@ -31,8 +31,6 @@ def main() -> None:
         print(f"N = {runs}, one thread: {1000 * seconds(runs, 120, 5) / 120:.2f} ms per example", flush=True)
     torch.set_num_threads(cores)
     print(f"N = 512, 5,000 examples, {cores} threads: {seconds(512, 5000, 1):.1f} s")
-    if torch.cuda.is_available():
-        print("the GPU is not timed here: `evaluate.py` works the metric out on the CPU")
 
 
 if __name__ == "__main__":

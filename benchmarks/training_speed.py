@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader
 from evaluator.data import Loader
 from evaluator.evaluation import HERE, Evaluation
 from evaluator.runs import Method, retrained_pool, unlearned_pool
-from evaluator.training import Recipe, answers, generators, train
+from evaluator.training import Recipe, answers, generators, original_network, train
 
 EPOCHS = 2  # of the loops; the pool's networks are trained to the end
 
@@ -86,14 +86,14 @@ def main() -> None:
         taken = seconds(lambda: retrained_pool(setting, data, recipe, args.networks))
         pool = args.networks * recipe.epochs * len(data.retain) / taken
         print(
-            f"  the pool, K = {size:<4}             {pool:8,.0f}  {pool / base:.1f} x, {pool / plain:.1f} x the loop in memory"
+            f"  the pool, K = {size:<4}             {pool:8,.0f}  {pool / base:.1f} x, {pool / plain:.1f} x the one before"
         )
 
         print(f"{args.runs} runs of unlearning.py, seconds")
         method = Method.read(HERE / "unlearning.py", data.name)
         alone = Path(folder) / "alone.py"  # as any user's file that does not say it can take K networks at once
         alone.write_text(method.path.read_text().replace("ENSEMBLE = True", "ENSEMBLE = False"))
-        original = evaluation.retrained and recipe.network(data.classes)
+        original = original_network(data, recipe)
         loop = seconds(lambda: unlearning_in_a_loop(evaluation, method, original, args.runs))
         print(f"  one after the other            {loop:8.1f}", flush=True)
         for what, tried in (("processes", Method.read(alone, data.name)), ("processes, K at once", method)):

@@ -35,6 +35,10 @@ from evaluator.training import Recipe, answers, generators, one_thread, original
 FIRST_SEED = {"retrained": 1_000_000, "retrained_again": 2_000_000}
 
 
+class Diverged(Problem):
+    """A network whose weights or outputs are not finite."""
+
+
 @dataclass(frozen=True)
 class Method:
     """A file with `unlearning`, and the values of its Config (none if it has no Config)."""
@@ -245,7 +249,7 @@ def _keep(setting: Setting, pool: Pool, task: list[int], net: nn.Module, seconds
         values = {name: value[k] for name, value in asked.items()}
         for name, value in values.items():
             if not np.isfinite(value).all():
-                raise Problem(
+                raise Diverged(
                     f"{pool.folder.parent.name}: run {run}: {name} holds a value that is not finite; the run is not kept"
                 )
         if setting.keep_networks:
@@ -294,7 +298,7 @@ def _unlearn_networks(
             raise Problem(f"{method.path}: run {run}: the network does not fit the original's: {misfit}")
         for name, tensor in member.state_dict().items():
             if not tensor.isfinite().all():
-                raise Problem(f"{method.path}: run {run}: unlearning() left NaN or infinite values in '{name}'")
+                raise Diverged(f"{method.path}: run {run}: unlearning() left NaN or infinite values in '{name}'")
         if any(module.training for module in member.modules()):
             raise Problem(f"{method.path}: run {run}: unlearning() left the network in train mode; end with net.eval()")
     return seconds

@@ -20,7 +20,7 @@ from evaluator import report
 from evaluator.evaluation import HERE, Evaluation
 from evaluator.files import Problem, read_json, write_json
 from evaluator.progress import progress
-from evaluator.runs import Method, seconds_alone, unlearned_pool
+from evaluator.runs import Diverged, Method, seconds_alone, unlearned_pool
 from evaluator.training import seconds_of_retraining
 
 TRIALS, RUNS = 20, 64  # the budget of a method
@@ -66,7 +66,8 @@ def suggest(trial, method: Method) -> dict:
 def tune(evaluation: Evaluation, method: Method, trials: int = TRIALS) -> dict:
     """Search until `trials` settings within the cost limit are scored, each with as many runs as the evaluation has.
 
-    A setting over the limit of 20% of a retraining is rejected without a score; there may be twice as many of those. The
+    A setting over the limit of 20% of a retraining, or with which a network diverges, is rejected without a score; there
+    may be twice as many of those. The
     first setting is the method's own. Trials are kept under results/<data>/<split>/tuning, and a search that was cut off
     goes on there. Returns what is written for the method into methods/tuned/<data>.json.
     """
@@ -98,15 +99,20 @@ def tune(evaluation: Evaluation, method: Method, trials: int = TRIALS) -> dict:
             study.sampler = optuna.samplers.TPESampler(seed=len(finished()), n_startup_trials=DRAWN_AT_RANDOM)
             trial = study.ask()
             tried = dataclasses.replace(method, config=method.config | suggest(trial, method))
-            # Both measured now: a machine's speed changes from minute to minute, the ratio does not.
-            cost = seconds_alone(evaluation.setting, evaluation.data, evaluation.recipe, tried, repeats=1)
-            cost /= seconds_of_retraining(evaluation.data, evaluation.recipe, at_most=0.5)
-            if cost > report.COST_LIMIT:
-                study.tell(trial, report.COST_LIMIT - cost)  # below every score: the search turns back
+            try:
+                # Both measured now: a machine's speed changes from minute to minute, the ratio does not.
+                cost = seconds_alone(evaluation.setting, evaluation.data, evaluation.recipe, tried, repeats=1)
+                cost /= seconds_of_retraining(evaluation.data, evaluation.recipe, at_most=0.5)
+                if cost > report.COST_LIMIT:
+                    study.tell(trial, report.COST_LIMIT - cost)  # below every score: the search turns back
+                    continue
+                score = _score(evaluation, tried, retrained)
+            except Diverged:
+                study.tell(trial, -1.0)
                 continue
             trial.set_user_attr("config", tried.config)
             trial.set_user_attr("fraction_of_retraining", cost)
-            study.tell(trial, _score(evaluation, tried, retrained))
+            study.tell(trial, score)
             bar.update()
     if not scored():
         raise Problem(f"{method.path}: no setting tried costs less than {report.COST_LIMIT:.0%} of a retraining")
