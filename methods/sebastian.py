@@ -70,7 +70,7 @@ def damage(net: nn.Module, share: float, generator: torch.Generator | None) -> N
     if count := round(share * len(sizes)):
         largest_redrawn = sizes.kthvalue(count).values
         for tensor in tensors:
-            fresh = torch.zeros_like(tensor)
+            fresh = tensor.new_zeros(tensor.shape)
             if tensor.dim() > 1:
                 bound = tensor[0].numel() ** -0.5
                 fresh.uniform_(-bound, bound, generator=generator)
@@ -90,7 +90,8 @@ def entropy(logits: Tensor) -> Tensor:
 
 @torch.no_grad()
 def round_to_half(net: nn.Module) -> None:
-    """Round every value to one that half precision can hold."""
+    """Round every value to one that half precision can hold; what is too large for it, a variance of batch norm, stays."""
     for tensor in chain(net.parameters(), net.buffers()):
         if tensor.is_floating_point():
-            tensor.copy_(tensor.half())
+            rounded = tensor.half().to(tensor.dtype)
+            tensor.copy_(torch.where(rounded.isfinite(), rounded, tensor))

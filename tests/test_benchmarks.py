@@ -1,0 +1,97 @@
+"""The ladder and the leaderboard with few runs; what they write is what was scored."""
+
+import json
+
+import pandas as pd
+import pytest
+
+from benchmarks import ladder, leaderboard
+from evaluator import tuning
+from evaluator.evaluation import HERE, Evaluation
+from evaluator.files import Problem, write_json
+from evaluator.runs import NO_UNLEARNING, Method
+
+
+def test_every_row_of_the_ladder(small_digits, tmp_path):
+    evaluation = Evaluation.of(str(small_digits), runs=4, results=tmp_path, jobs=1, device="cpu")
+    method = Method.read(HERE / "unlearning.py", "digits")
+    table = ladder.ladder(evaluation, method).set_index("row")
+    assert len(table) == 25
+    assert table.here.between(0, 2).all() and table.here.nunique() > 8
+    # The first six add one thing each, up to the preset itself; rows that name one setting are one result.
+    assert table.here["+ fc and shortcuts excluded"] == evaluation.score(method)["score"]
+    assert table.here["+ MSE to the original's logits"] == table.here["loss: MSE"] == table.here["cycles: 1"]
+    for column in ("here", "published"):
+        assert table[f"{column} / fine-tune"]["fine-tune"] == 1
+
+
+def test_rows_of_the_ladder_change_only_what_they_name():
+    preset = Method.read(HERE / "unlearning.py", "digits").config
+    rows = {name: preset | values for name, (_, values) in ladder.rows(preset).items()}
+
+    def differs(first: str, second: str) -> set[str]:
+        return {field for field in preset if rows[first][field] != rows[second][field]}
+
+    assert differs("fine-tune", "+ random re-initialisation") == {"tensors"}
+    assert differs("+ random re-initialisation", "  (by Fisher information instead)") == {"choose"}
+    assert differs("+ random re-initialisation", "+ Gaussian noise") == {"noise"}
+    assert differs("+ Gaussian noise", "+ MSE to the original's logits") == {"loss"}
+    assert differs("+ MSE to the original's logits", "+ 3 cycles") == {"epochs"}
+    assert differs("+ 3 cycles", "+ fc and shortcuts excluded") == {"exclude"}
+    assert rows["+ fc and shortcuts excluded"] == preset
+    assert all(sum(row["epochs"]) == pytest.approx(sum(preset["epochs"])) for row in rows.values())
+
+
+@pytest.fixture
+def page(small_digits, tmp_path, monkeypatch):
+    """A leaderboard of three methods at N = 4; returns (its page, its CSV)."""
+    kept = tmp_path / "tuned.json"
+    budgets = {"finetune": {"trials": 2, "runs": 4}, "negrad": {"trials": 2, "runs": 4}}
+    write_json(kept, budgets)
+    for module in (tuning, leaderboard):
+        monkeypatch.setattr(module, "tuned_file", lambda data: kept)
+    methods = [Method.read(HERE / "methods" / f"{name}.py") for name in budgets]
+    monkeypatch.setattr(leaderboard, "contestants", lambda data: [NO_UNLEARNING, *methods])
+    arguments = ["--data", str(small_digits), "--runs", "4", "--jobs", "1", "--results", str(tmp_path / "results")]
+    monkeypatch.setattr("sys.argv", ["leaderboard", *arguments, "--page", str(tmp_path / "RESULTS.md")])
+    leaderboard.main()
+    return tmp_path / "RESULTS.md", tmp_path / "results" / "leaderboard.csv"
+
+
+def test_the_leaderboard(page, capsys):
+    text, table = page[0].read_text(), pd.read_csv(page[1])
+    assert table["rank"].dropna().tolist() == [1, 2, 3]
+    assert table["private score"].is_monotonic_decreasing
+    assert "| (ceiling, estimated) |" in text and "2 scored settings at N = 4" in text
+    for split, column in (("public", "public score"), ("private", "private score")):
+        for name in ("finetune", "negrad", "no_unlearning"):
+            summary = json.loads((page[1].parent / "small_digits" / split / name / "summary.json").read_text())
+            assert table.set_index("method")[column][name] == pytest.approx(summary["score"])
+    over = table[table["cost of a retraining"] > 0.2].method
+    for name in over:  # marked, not dropped
+        (row,) = (line for line in text.splitlines() if f"| {name} |" in line)
+        assert "over" in row
+    assert (page[0].parent / "docs" / "leaderboard.png").read_bytes().startswith(b"\x89PNG")
+    assert "public and private, N = 4" in text
+
+
+def test_unequal_budgets_are_refused(tmp_path, monkeypatch):
+    write_json(tmp_path / "tuned.json", {"a": {"trials": 20, "runs": 64}, "b": {"trials": 40, "runs": 64}})
+    monkeypatch.setattr(leaderboard, "tuned_file", lambda data: tmp_path / "tuned.json")
+    with pytest.raises(Problem, match=r"different budgets.*\(20, 64\), \(40, 64\)"):
+        leaderboard.budget("digits")
+
+
+def test_every_method_is_in_the_leaderboard():
+    names = [method.name for method in leaderboard.contestants("digits")]
+    files = {path.stem for path in (HERE / "methods").glob("*.py")}
+    assert len(names) == len(set(names))
+    assert set(names) == files | {"no_unlearning", "unlearning", "algorithm_1", "algorithm_2"}
+
+
+def test_over_the_limit_is_marked():
+    table = pd.DataFrame({"cost of a retraining": [0.1, 0.21, float("nan")]})
+    for name in ("F", "RA_U/RA_R", "TA_U/TA_R", "private score", "public score", "published", "s/run", "of ceiling"):
+        table[name] = 0.5
+    table["rank"] = pd.Series([1, 2, None], dtype="Int64")
+    assert leaderboard.as_text(table)["cost of a retraining"].tolist() == ["10%", "21% **over**", ""]
