@@ -1,25 +1,36 @@
 # make evaluate            score unlearning.py beside the baselines; RUNS=64 for a first impression
+# make tune                search every method's hyperparameters; METHOD=methods/fanchuan.py for one
+# make ladder              unlearning.py's published ablation, row by row
+# make leaderboard         all methods with their tuned values, both splits: RESULTS.md
 # make notebook            notebooks/*.ipynb from unlearning.py and their sources
 # make rehearse            Kaggle on this machine: the notebook run in it, its submission.zip checked and scored
 # make submit              upload the notebook and submit it; DRY=1 prints the commands instead
 # make test                lint and tests
-# Every target sets up what it needs; VENV=/path/to/environment uses one that exists.
+# Every target sets up what it needs; VENV=/path/to/environment uses one that exists. JOBS=1 takes one core only.
 
 VENV ?= .venv
 PYTHON ?= python3
 RUNS ?= 512
 DATA ?= digits
 SPLIT ?= public
-METHODS ?=
+METHOD ?=
+JOBS ?=
 RUN := $(VENV)/bin/python
+ON := --data $(DATA) $(if $(JOBS),--jobs $(JOBS))
 
-.PHONY: evaluate test lint format clean notebook rehearse submit
+.PHONY: evaluate tune ladder leaderboard notebook rehearse submit test lint format clean
 
 evaluate: $(VENV)/.ready data/digits/dataset.json
-	$(RUN) evaluate.py $(METHODS) --data $(DATA) --split $(SPLIT) --runs $(RUNS)
+	$(RUN) evaluate.py $(METHOD) $(ON) --split $(SPLIT) --runs $(RUNS)
 
-test: $(VENV)/.ready-dev lint
-	$(RUN) -m pytest -q
+tune: $(VENV)/.ready-dev data/digits/dataset.json
+	$(RUN) -m evaluator.tuning $(METHOD) $(ON)
+
+ladder: $(VENV)/.ready data/digits/dataset.json
+	$(RUN) -m benchmarks.ladder $(ON) --split $(SPLIT) --runs $(RUNS)
+
+leaderboard: $(VENV)/.ready data/digits/dataset.json
+	$(RUN) -m benchmarks.leaderboard $(ON) --runs $(RUNS)
 
 notebook: $(VENV)/.ready-dev
 	$(RUN) notebooks/build.py
@@ -29,6 +40,9 @@ rehearse: $(VENV)/.ready-dev data/digits/dataset.json
 
 submit: $(VENV)/.ready-dev
 	$(RUN) notebooks/submit.py $(if $(DRY),--dry-run)
+
+test: $(VENV)/.ready-dev lint
+	$(RUN) -m pytest -q
 
 lint: $(VENV)/.ready-dev
 	$(RUN) -m ruff check .
@@ -45,12 +59,12 @@ data/digits/dataset.json: data/prepare.py | $(VENV)/.ready
 $(VENV)/.ready: requirements.txt
 	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet -r requirements.txt
-	touch $@
+	-@touch $@
 
 $(VENV)/.ready-dev: requirements.txt requirements-dev.txt
 	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet -r requirements.txt -r requirements-dev.txt
-	touch $@ $(VENV)/.ready
+	-@touch $@ $(VENV)/.ready
 
 clean:
 	rm -rf results data/digits .pytest_cache .ruff_cache .hypothesis
