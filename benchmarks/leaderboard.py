@@ -51,15 +51,17 @@ def contestants(data: str) -> list[Method]:
 
 
 def scores(evaluation: Evaluation, methods: list[Method]) -> pd.DataFrame:
-    """One row a method and one for the ceiling, indexed by name; `quick` is the score of the first runs alone."""
+    """One row a method and one for the ceiling, indexed by name. `quick` is the score of the first 64 runs alone, `scatter`
+    the standard deviation of the scores of all groups of 64, each against 64 retrained networks of its own."""
     rows = {method.name: evaluation.score(method) for method in methods}
     rows["(ceiling, estimated)"] = evaluation.ceiling
     table = pd.DataFrame.from_dict(rows, orient="index")
-    first = range(min(QUICK, evaluation.runs))
-    retrained = evaluation.retrained.load(first)
+    size = min(QUICK, evaluation.runs)
+    groups = [range(start, start + size) for start in range(0, evaluation.runs - size + 1, size)]
     for method in methods:
-        summary, _ = score(evaluation.unlearned(method).load(first), retrained, evaluation.data)
-        table.loc[method.name, "quick"] = summary["score"]
+        pools = evaluation.unlearned(method), evaluation.retrained
+        quick = [score(*(pool.load(group) for pool in pools), evaluation.data)[0]["score"] for group in groups]
+        table.loc[method.name, ["quick", "scatter"]] = quick[0], pd.Series(quick).std()
     return table
 
 
@@ -102,13 +104,17 @@ def as_text(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def correlations(splits: dict[str, pd.DataFrame], runs: int) -> list[str]:
-    """How far one ranking tells another, over the methods (Spearman)."""
+    """How far one ranking tells another, over the methods (Spearman), and how far one quick score another."""
     public, private = (table[~table.index.str.startswith("(")] for table in splits.values())
     pairs = {f"public and private, N = {runs}": (public.score, private.score)}
     if runs > QUICK:
         for split, table in (("public", public), ("private", private)):
             pairs[f"N = {QUICK} and N = {runs}, {split}"] = (table.quick, table.score)
-    return [f"{what}: {spearmanr(*pair).statistic:.3f}" for what, pair in pairs.items()]
+    lines = [f"{what}: {spearmanr(*pair).statistic:.3f}" for what, pair in pairs.items()]
+    if runs > QUICK:
+        ours = private.loc["unlearning"]
+        lines.append(f"unlearning at N = {QUICK}, private, {runs // QUICK} times: standard deviation {ours.scatter:.4f}")
+    return lines
 
 
 def draw(table: pd.DataFrame, path: Path, title: str) -> None:
@@ -207,7 +213,7 @@ the retrained networks.
 
 ## How far to trust a quick run
 
-Spearman's rank correlation over the methods:
+Spearman's rank correlation over the methods, and how much a score itself scatters:
 
 {correlations}
 
