@@ -50,7 +50,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     what.add_argument("--set", nargs="+", default=[], metavar="FIELD=VALUE", help="Config fields of the METHODs")
     what.add_argument("--second-pool", action="store_true", help="measure the ceiling with N further retrained networks")
     how = parser.add_argument_group("how")
-    how.add_argument("--jobs", type=int, help="processes (default: one a core, or one a GPU)")
+    how.add_argument("--jobs", type=int, help="processes (default: one a core, or one on the GPU)")
     how.add_argument("--device", default="auto", help="cpu, cuda, or auto: a GPU where one works (default)")
     how.add_argument("--time-limit", type=float, metavar="SECONDS", help="stop with an error when a run takes longer")
     how.add_argument("--results", type=Path, default=Path("results"), help="where runs, tables and figures are kept")

@@ -57,7 +57,7 @@ def timed(what: str, *command: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=512)
-    parser.add_argument("--jobs", type=int, help="processes (default: one a core, or one a GPU)")
+    parser.add_argument("--jobs", type=int, help="processes (default: one a core, or one on the GPU)")
     parser.add_argument("--another", type=Path, default=HERE / "methods" / "l1_sparse.py", help="the method added later")
     args = parser.parse_args()
     Method.read(args.another)

@@ -85,7 +85,7 @@ def main() -> None:
     parser.add_argument("--data", default="digits")
     parser.add_argument("--split", default="public")
     parser.add_argument("--runs", type=int, default=512)
-    parser.add_argument("--jobs", type=int, help="processes (default: one a core, or one a GPU)")
+    parser.add_argument("--jobs", type=int, help="processes (default: one a core, or one on the GPU)")
     parser.add_argument("--results", type=Path, default=Path("results"))
     args = parser.parse_args()
     try:

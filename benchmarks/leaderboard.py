@@ -155,7 +155,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", default="digits")
     parser.add_argument("--runs", type=int, default=512)
-    parser.add_argument("--jobs", type=int, help="processes (default: one a core, or one a GPU)")
+    parser.add_argument("--jobs", type=int, help="processes (default: one a core, or one on the GPU)")
     parser.add_argument("--results", type=Path, default=Path("results"))
     parser.add_argument("--page", type=Path, default=HERE / "RESULTS.md", help="its figure goes into docs/ beside it")
     args = parser.parse_args()

@@ -42,7 +42,7 @@ class Evaluation:
         second_pool: bool = False,
         **setting,
     ) -> "Evaluation":
-        """data: a name under data/, or any folder in that layout. jobs: processes; None: one a core, or one a GPU.
+        """data: a name under data/, or any folder in that layout. jobs: processes; None: one a core, or one on the GPU.
 
         Raises Problem when a value cannot be used.
         """
@@ -52,7 +52,7 @@ class Evaluation:
             raise Problem(f"--jobs {jobs}: at least 1 process is needed")
         device = working_device(device)
         folder = Path(data) if Path(data).is_dir() else HERE / "data" / data
-        jobs = jobs or (torch.cuda.device_count() if device == "cuda" else joblib.cpu_count())
+        jobs = jobs or (1 if device == "cuda" else joblib.cpu_count())
         return cls(Setting(folder, split, Path(results), jobs, device, **setting), runs, second_pool)
 
     @cached_property

@@ -155,7 +155,7 @@ def main() -> None:
     parser.add_argument("--data", default="digits", help="a name under data/, or any folder in that layout")
     parser.add_argument("--trials", type=int, default=TRIALS, help=f"settings to score for a method (default: {TRIALS})")
     parser.add_argument("--runs", type=int, default=RUNS, help=f"runs of a setting (default: {RUNS})")
-    parser.add_argument("--jobs", type=int, help="processes (default: one a core, or one a GPU)")
+    parser.add_argument("--jobs", type=int, help="processes (default: one a core, or one on the GPU)")
     parser.add_argument("--device", default="auto", help="cpu, cuda, or auto")
     parser.add_argument("--results", type=Path, default=Path("results"), help="where trials are kept")
     args = parser.parse_args()
