@@ -5,6 +5,7 @@ from types import ModuleType
 
 import pytest
 import torch
+from method_helpers import BATCH, FORGET, RETAIN, VALIDATION, at_once, examples, loaders, unlearned
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
@@ -29,7 +30,6 @@ from methods import (
 )
 
 BASELINES = [finetune, negrad, negrad_plus, random_labels, scrub, bad_teacher, cf_k, eu_k, salun, l1_sparse, sfr_on]
-BATCH = 16
 
 # Short, but with learning rates at which every phase leaves its mark.
 SHORT = {
@@ -45,75 +45,6 @@ SHORT = {
     l1_sparse: dict(epochs=1.5, learning_rate=2e-2, penalty=1e-2),
     sfr_on: dict(epochs=1.5, learning_rate=1e-2, ascent=1.0, forget_every=2, max_norm=0.5, fisher_epochs=0.5),
 }
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-def examples(count: int, seed: int, side: int = 8) -> Examples:
-    """Noisy images of 10 classes, whose patterns are the same for every seed."""
-    source = torch.Generator().manual_seed(seed)
-    labels = torch.randint(10, (count,), generator=source)
-    patterns = torch.randint(256, (10, 3, side, side), generator=torch.Generator().manual_seed(0))
-    noise = torch.randint(-60, 61, (count, 3, side, side), generator=source)
-    images = (patterns[labels] + noise).clamp(0, 255).to(torch.uint8)
-    zeros = torch.zeros(count, dtype=torch.int64)
-    return Examples([f"{seed}-{index}" for index in range(count)], images, labels, zeros, zeros)
-
-
-RETAIN, FORGET, VALIDATION = examples(60, 1), examples(20, 2), examples(20, 3)
-
-
-@pytest.fixture(scope="module")
-def original() -> nn.Module:
-    """Trained until it knows its training images."""
-    torch.manual_seed(0)
-    net = resnet18(10, width=4, small_images=True)
-    optimizer = torch.optim.SGD(net.parameters(), lr=0.02, momentum=0.9)
-    images, labels = torch.cat([RETAIN.images, FORGET.images]).float(), torch.cat([RETAIN.age_group, FORGET.age_group])
-    for _ in range(30):
-        optimizer.zero_grad()
-        F.cross_entropy(net(images), labels).backward()
-        optimizer.step()
-    return net.eval()
-
-
-@pytest.fixture
-def net(original) -> nn.Module:
-    return copy.deepcopy(original)
-
-
-def loaders() -> list[DataLoader]:
-    """PyTorch's own, as on Kaggle."""
-    return [DataLoader(part, BATCH, shuffle=True) for part in (RETAIN, FORGET, VALIDATION)]
-
-
-def unlearned(method: ModuleType, original: nn.Module, seed: int = 0, **values) -> nn.Module:
-    torch.manual_seed(seed)
-    net = copy.deepcopy(original)
-    assert method.unlearning(net, *loaders(), method.Config(**values)) is None
-    return net
-
-
-class DoubleExamples(Examples):
-    def batch(self, indices: Tensor) -> dict:
-        batch = super().batch(indices)
-        return batch | {"image": batch["image"].double()}
-
-
-def at_once(method: ModuleType, original: nn.Module, seeds: list[int], **values) -> list[nn.Module]:
-    """An ensemble's members after unlearning, in double precision: a difference is then one of the method, not rounding
-    that training amplified."""
-    sources = generators(seeds, "cpu")
-    ensemble = Ensemble(copy.deepcopy(original).double(), len(seeds), sources)
-    parts = [Loader(DoubleExamples(**vars(part)), BATCH, sources) for part in (RETAIN, FORGET, VALIDATION)]
-    method.unlearning(ensemble, *parts, method.Config(**values))
-    return ensemble.members
 
 
 def changed(net: nn.Module, original: nn.Module) -> set[str]:

@@ -1,0 +1,56 @@
+"""What the tests of the methods share: a few images, loaders, and a method run on one network or on K at once."""
+
+import copy
+from types import ModuleType
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from evaluator.data import Examples, Loader
+from evaluator.ensemble import Ensemble
+from evaluator.training import generators
+
+BATCH = 16
+
+
+def examples(count: int, seed: int, side: int = 8) -> Examples:
+    """Noisy images of 10 classes, whose patterns are the same for every seed."""
+    source = torch.Generator().manual_seed(seed)
+    labels = torch.randint(10, (count,), generator=source)
+    patterns = torch.randint(256, (10, 3, side, side), generator=torch.Generator().manual_seed(0))
+    noise = torch.randint(-60, 61, (count, 3, side, side), generator=source)
+    images = (patterns[labels] + noise).clamp(0, 255).to(torch.uint8)
+    zeros = torch.zeros(count, dtype=torch.int64)
+    return Examples([f"{seed}-{index}" for index in range(count)], images, labels, zeros, zeros)
+
+
+RETAIN, FORGET, VALIDATION = examples(60, 1), examples(20, 2), examples(20, 3)
+
+
+def loaders() -> list[DataLoader]:
+    """PyTorch's own, as on Kaggle."""
+    return [DataLoader(part, BATCH, shuffle=True) for part in (RETAIN, FORGET, VALIDATION)]
+
+
+def unlearned(method: ModuleType, original: nn.Module, seed: int = 0, **values) -> nn.Module:
+    torch.manual_seed(seed)
+    net = copy.deepcopy(original)
+    assert method.unlearning(net, *loaders(), method.Config(**values)) is None
+    return net
+
+
+class DoubleExamples(Examples):
+    def batch(self, indices: Tensor) -> dict:
+        batch = super().batch(indices)
+        return batch | {"image": batch["image"].double()}
+
+
+def at_once(method: ModuleType, original: nn.Module, seeds: list[int], **values) -> list[nn.Module]:
+    """An ensemble's members after unlearning, in double precision: a difference is then one of the method, not rounding
+    that training amplified."""
+    sources = generators(seeds, "cpu")
+    ensemble = Ensemble(copy.deepcopy(original).double(), len(seeds), sources)
+    parts = [Loader(DoubleExamples(**vars(part)), BATCH, sources) for part in (RETAIN, FORGET, VALIDATION)]
+    method.unlearning(ensemble, *parts, method.Config(**values))
+    return ensemble.members
