@@ -67,9 +67,9 @@ def tune(evaluation: Evaluation, method: Method, trials: int = TRIALS) -> dict:
     """Search until `trials` settings within the cost limit are scored, each with as many runs as the evaluation has.
 
     A setting over the limit of 20% of a retraining, or with which a network diverges, is rejected without a score; there
-    may be twice as many of those. The
-    first setting is the method's own. Trials are kept under results/<data>/<split>/tuning, and a search that was cut off
-    goes on there. Returns what is written for the method into methods/tuned/<data>.json.
+    may be twice as many of those. The first setting has the Config's defaults, so that no method starts from what was found
+    before. Trials are kept under results/<data>/<split>/tuning, and a search that was cut off goes on there. Returns what
+    is written for the method into methods/tuned/<data>.json.
     """
     try:
         import optuna
@@ -84,7 +84,7 @@ def tune(evaluation: Evaluation, method: Method, trials: int = TRIALS) -> dict:
     storage = optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(str(journal)))
     study = optuna.create_study(study_name=name, storage=storage, direction="maximize", load_if_exists=True)
     if not study.trials:
-        study.enqueue_trial(_own_setting(method))
+        study.enqueue_trial(_published_setting(method))
 
     def finished() -> list:
         return study.get_trials(states=[optuna.trial.TrialState.COMPLETE])
@@ -127,11 +127,11 @@ def tune(evaluation: Evaluation, method: Method, trials: int = TRIALS) -> dict:
     }
 
 
-def _own_setting(method: Method) -> dict:
-    """The present values in the terms of the search space, as far as they lie in it."""
-    setting = {}
+def _published_setting(method: Method) -> dict:
+    """The Config's defaults in the terms of the search space, as far as they lie in it."""
+    setting, published = {}, dataclasses.asdict(method.module.Config())
     for name, allowed in search_space(method).items():
-        value = method.config[name]
+        value = published[name]
         if isinstance(allowed, list):
             if value in allowed:
                 setting[name] = allowed.index(value)
