@@ -56,13 +56,13 @@ PRESETS = {
     "algorithm_2": Config(epochs=(2, 1, 1, 1), learning_rates=(5e-4, 1e-3, 1e-3, 1e-3, 1e-3), cosine_epochs=0),
     # Small images and networks, whose retraining takes 12 epochs: all cycles together in two.
     "digits": Config(
-        tensors=3,
+        tensors=5,
         epochs=(0.6, 0.7, 0.7),
-        learning_rates=(0.0851,),
+        learning_rates=(0.0478,),
         cosine_epochs=2,
         restart=False,
         every_step=True,
-        noise=0.0318,
+        noise=0.0148,
     ),
 }
 
