@@ -23,7 +23,8 @@ from evaluator.progress import progress
 from evaluator.runs import Diverged, Method, seconds_alone, unlearned_pool
 from evaluator.training import seconds_of_retraining
 
-TRIALS, RUNS = 20, 64  # the budget of a method
+TRIALS, RUNS = 20, 64  # the budget of a method: settings scored, runs of each,
+FINALISTS, TIMES_RUNS = 4, 4  # and how many of the best are scored again with how many times the runs
 DRAWN_AT_RANDOM = 8  # trials, before the sampler starts to learn from them
 
 
@@ -64,7 +65,8 @@ def suggest(trial, method: Method) -> dict:
 
 
 def tune(evaluation: Evaluation, method: Method, trials: int = TRIALS) -> dict:
-    """Search until `trials` settings within the cost limit are scored, each with as many runs as the evaluation has.
+    """Search until `trials` settings within the cost limit are scored, each with as many runs as the evaluation has; the
+    best few are scored again with more runs, and the best of those is taken.
 
     A setting over the limit of 20% of a retraining, or with which a network diverges, is rejected without a score; there
     may be twice as many of those. The first setting has the Config's defaults, so that no method starts from what was found
@@ -76,7 +78,6 @@ def tune(evaluation: Evaluation, method: Method, trials: int = TRIALS) -> dict:
     except ImportError as error:
         raise Problem("tuning needs Optuna: pip install optuna") from error
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    retrained = evaluation.retrained.load(range(evaluation.runs))
     # Whatever could change a trial's score is in the study's name.
     name = f"{method.name} {method.digest[:12]} {evaluation.retrained.folder.name} {evaluation.runs}"
     journal = evaluation.results / "tuning" / f"{method.name}.journal"
@@ -106,7 +107,7 @@ def tune(evaluation: Evaluation, method: Method, trials: int = TRIALS) -> dict:
                 if cost > report.COST_LIMIT:
                     study.tell(trial, report.COST_LIMIT - cost)  # below every score: the search turns back
                     continue
-                score = _score(evaluation, tried, retrained)
+                score = _score(evaluation, tried)
             except Diverged:
                 study.tell(trial, -1.0)
                 continue
@@ -116,14 +117,28 @@ def tune(evaluation: Evaluation, method: Method, trials: int = TRIALS) -> dict:
             bar.update()
     if not scored():
         raise Problem(f"{method.path}: no setting tried costs less than {report.COST_LIMIT:.0%} of a retraining")
-    best = max(scored(), key=lambda trial: trial.value)
+    # Few runs make a noisy score, and the best of many noisy ones is mostly lucky.
+    longer = dataclasses.replace(evaluation, runs=TIMES_RUNS * evaluation.runs)
+
+    def final_score(trial) -> float:
+        name = f"score of trial {trial.number} at N = {longer.runs}"
+        if name not in study.user_attrs:
+            try:
+                value = _score(longer, dataclasses.replace(method, config=trial.user_attrs["config"]))
+            except Diverged:
+                value = -1.0
+            study.set_user_attr(name, value)
+        return study.user_attrs[name]
+
+    finalists = sorted(scored(), key=lambda trial: -trial.value)[:FINALISTS]
+    best = max(finalists, key=final_score)
     return {
         "config": best.user_attrs["config"],
-        "score": best.value,
+        "score": final_score(best),
         "fraction_of_retraining": best.user_attrs["fraction_of_retraining"],
-        "trials": len(scored()),
+        "runs": longer.runs,
+        "trials": f"{len(scored())} at N = {evaluation.runs}, {len(finalists)} of them at N = {longer.runs}",
         "rejected": len(finished()) - len(scored()),
-        "runs": evaluation.runs,
     }
 
 
@@ -141,7 +156,8 @@ def _published_setting(method: Method) -> dict:
     return setting
 
 
-def _score(evaluation: Evaluation, method: Method, retrained: dict) -> float:
+def _score(evaluation: Evaluation, method: Method) -> float:
+    retrained = evaluation.retrained.load(range(evaluation.runs))
     with tempfile.TemporaryDirectory() as folder:  # a trial's runs are not kept, its score is
         setting = dataclasses.replace(evaluation.setting, results=Path(folder))
         pool = unlearned_pool(setting, evaluation.data, evaluation.recipe, method, evaluation.runs)

@@ -46,7 +46,7 @@ def test_rows_of_the_ladder_change_only_what_they_name():
 def page(small_digits, tmp_path, monkeypatch):
     """A leaderboard of three methods at N = 4; returns (its page, its CSV)."""
     kept = tmp_path / "tuned.json"
-    budgets = {"finetune": {"trials": 2, "runs": 4}, "negrad": {"trials": 2, "runs": 4}}
+    budgets = {"finetune": {"trials": "2 at N = 4"}, "negrad": {"trials": "2 at N = 4"}}
     write_json(kept, budgets)
     for module in (tuning, leaderboard):
         monkeypatch.setattr(module, "tuned_file", lambda data: kept)
@@ -62,7 +62,7 @@ def test_the_leaderboard(page, capsys):
     text, table = page[0].read_text(), pd.read_csv(page[1])
     assert table["rank"].dropna().tolist() == [1, 2, 3]
     assert table["private score"].is_monotonic_decreasing
-    assert "| (ceiling, estimated) |" in text and "2 scored settings at N = 4" in text
+    assert "| (ceiling, estimated) |" in text and "2 at N = 4" in text
     for split, column in (("public", "public score"), ("private", "private score")):
         for name in ("finetune", "negrad", "no_unlearning"):
             summary = json.loads((page[1].parent / "small_digits" / split / name / "summary.json").read_text())
@@ -76,9 +76,9 @@ def test_the_leaderboard(page, capsys):
 
 
 def test_unequal_budgets_are_refused(tmp_path, monkeypatch):
-    write_json(tmp_path / "tuned.json", {"a": {"trials": 20, "runs": 64}, "b": {"trials": 40, "runs": 64}})
+    write_json(tmp_path / "tuned.json", {"a": {"trials": "20 at N = 64"}, "b": {"trials": "40 at N = 64"}})
     monkeypatch.setattr(leaderboard, "tuned_file", lambda data: tmp_path / "tuned.json")
-    with pytest.raises(Problem, match=r"different budgets.*\(20, 64\), \(40, 64\)"):
+    with pytest.raises(Problem, match="different budgets: 20 at N = 64; 40 at N = 64; make tune"):
         leaderboard.budget("digits")
 
 
