@@ -135,7 +135,7 @@ def epsilon_histogram(epsilon: np.ndarray, runs: int) -> Figure:
     colours = [RETRAINED] * bins + ["#999999"]
     bars = axes.bar((np.arange(bins + 1) + 0.5) * BIN_WIDTH, counts, width=0.9 * BIN_WIDTH, color=colours)
     labels = ["1", *(f"1/{2**n}" for n in range(1, bins)), "0"]
-    axes.bar_label(bars, labels, fontsize=6, padding=2, color="#555555", rotation=0 if bins < 10 else 45)
+    axes.bar_label(bars, labels, fontsize=6, padding=2, color="#555555", rotation=0 if bins <= 10 else 45)
     ticks = np.arange(0, bins * BIN_WIDTH, 1)
     axes.set_xticks([*ticks, (bins + 0.5) * BIN_WIDTH], [*(f"{tick:g}" for tick in ticks), "beyond,\nup to 50"])
     quality = forgetting_quality(torch.tensor(epsilon), runs)

@@ -105,7 +105,11 @@ def play(notebook: Path, source: Path, folder: Path, runs: int, **settings: str)
         places = {"INPUT": source, "TMP": folder / "tmp", "WORKING": folder / "working", "RUNS": runs}
         env = {**kept, "PYTHONPATH": elsewhere, **{f"REHEARSAL_{name}": str(value) for name, value in places.items()}}
         client = nbclient.NotebookClient(
-            book, timeout=None, kernel_name="python3", resources={"metadata": {"path": elsewhere}}
+            book,
+            timeout=None,
+            kernel_name="python3",
+            resources={"metadata": {"path": elsewhere}},
+            extra_arguments=["--log-level=ERROR"],
         )
         try:
             client.execute(env=env | settings)
@@ -162,7 +166,7 @@ def rehearse(data: str, split: str, runs: int, images: int, results: Path) -> No
 
     common = ["--data", str(folder / "data"), "--runs", str(runs), "--results", str(results)]
     scored = results / "rehearsal" / "kaggle"
-    for arguments in (["--checkpoints", str(archive)], [str(notebook), "--keep-networks"]):
+    for arguments in ([str(notebook), "--keep-networks"], ["--checkpoints", str(archive)]):
         if evaluate.main([*arguments, *common]):
             raise Problem("the rehearsal's networks could not be scored; the line above says why")
     summaries = {name: read_json(scored / name / "summary.json") for name in ("submission.zip", "submission")}

@@ -34,22 +34,24 @@ def draw_method(cycles=3, tensors=6, runs=3, seed=4):
     kept = {start + tensor for start in ends[1:4] for tensor in (6, 7, 8)} | {60, 61}  # shortcuts and fc
     drawable = [tensor for tensor in range(62) if tensor not in kept]
     rng = np.random.default_rng(seed)
-    _, axes = plt.subplots(1, runs, figsize=(10, 2.5), sharey=True, layout="constrained")
+    figure, axes = plt.subplots(1, runs, figsize=(10, 2.9), sharey=True, layout="constrained")
+    figure.suptitle(f"The 62 parameter tensors of a ResNet-18, from input to output, in {runs} of the 512 runs", fontsize=10)
     for run, ax in enumerate(axes):
         for cycle in range(cycles):
             broken = set(rng.choice(drawable, tensors))
             colours = ["#d1495b" if tensor in broken else "#c9c9c9" if tensor in kept else "#9db8d2" for tensor in range(62)]
             ax.barh([-2 * cycle] * 62, [0.8] * 62, left=np.arange(62), height=0.8, color=colours)
-            remember = "↓  remember: back to the original's outputs on retain"
-            ax.text(31, -2 * cycle - 1, remember, va="center", ha="center", fontsize=6.5, color="#444444")
-        ax.set(title=f"run {run}", yticks=[-2 * cycle for cycle in range(cycles)], ylim=(-2 * cycles + 0.4, 0.7))
-        ax.set_yticklabels([f"cycle {cycle + 1}" for cycle in range(cycles)])
-        ax.set_xticks([end - size / 2 for end, size in zip(ends, stages.values())], stages, fontsize=6.5, rotation=20)
+            remember = "↓ remember: the original's outputs on retain"
+            ax.text(31, -2 * cycle - 1, remember, va="center", ha="center", fontsize=7.5, color="#444444")
+        ax.set_title(f"run {run}", fontsize=9)
+        ax.set(yticks=[-2 * cycle for cycle in range(cycles)], ylim=(-2 * cycles + 0.4, 0.7))
+        ax.set_yticklabels([f"cycle {cycle + 1}" for cycle in range(cycles)], fontsize=8)
+        ax.set_xticks([end - size / 2 for end, size in zip(ends, stages.values())], stages, fontsize=7.5)
         ax.tick_params(length=0)
         ax.spines[:].set_visible(False)
     for label, colour in {"re-initialised": "#d1495b", "kept": "#9db8d2", "never drawn: fc, shortcuts": "#c9c9c9"}.items():
         axes[0].barh([-99], [1], color=colour, label=label)
-    axes[0].figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=8)
+    figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=8)
     plt.show()
 
 
@@ -183,12 +185,16 @@ def read_network(path: Path) -> nn.Module:
         raise ValueError(f"{path}: cannot be read ({one_line(error)})") from None
     if not isinstance(state, dict):
         raise ValueError(f"{path}: holds a {type(state).__name__}, not a state dict")
-    for name, tensor in net.state_dict().items():
+    expected = net.state_dict()
+    for name in [*expected, *state]:
+        if name not in expected:
+            raise ValueError(f"{path}: tensor '{name}' is not one of resnet18(num_classes=10)")
         if not isinstance(state.get(name), Tensor):
             raise ValueError(f"{path}: tensor '{name}' is missing")
-        if state[name].shape != tensor.shape:
-            raise ValueError(f"{path}: tensor '{name}' has shape {list(state[name].shape)}, expected {list(tensor.shape)}")
-    net.load_state_dict(state, strict=False)
+        if state[name].shape != expected[name].shape:
+            shapes = f"{list(state[name].shape)}, expected {list(expected[name].shape)}"
+            raise ValueError(f"{path}: tensor '{name}' has shape {shapes}")
+    net.load_state_dict(state)
     return net.eval()
 
 
