@@ -20,7 +20,7 @@ class Config:
     weight_decay: float = 5e-4
 
 
-PRESETS = {"digits": Config(epochs=3.33, learning_rate=0.0255)}  # make tune, on the public split
+PRESETS = {"digits": Config(epochs=3.91, learning_rate=0.0141)}  # the better of two searches
 
 
 def unlearning(net, retain_loader, forget_loader, val_loader, config: Config = Config()) -> None:

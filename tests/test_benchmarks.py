@@ -86,7 +86,7 @@ def test_every_method_is_in_the_leaderboard():
     names = [method.name for method in leaderboard.contestants("digits")]
     files = {path.stem for path in (HERE / "methods").glob("*.py")}
     assert len(names) == len(set(names))
-    assert set(names) == files | {"no_unlearning", "unlearning", "algorithm_1", "algorithm_2"}
+    assert set(names) == files | {"no_unlearning", "unlearning", "unlearning_preset", "algorithm_1", "algorithm_2"}
 
 
 def test_over_the_limit_is_marked():
