@@ -3,7 +3,8 @@
     python -m benchmarks.leaderboard            N = 512 (make leaderboard); goes on where it was interrupted
     python -m benchmarks.leaderboard --runs 64  a first impression
 
-Every method has the values that `make tune` found on the public split; unlearning.py is there with its presets too. The order is that of the private split, whose forget set no value was chosen on.
+Every method has the values that `make tune` found on the public split; unlearning.py is there with its presets too. The
+order is that of the private split, whose forget set no value was chosen on.
 """
 
 import argparse
@@ -133,7 +134,7 @@ def draw(table: pd.DataFrame, path: Path, title: str) -> None:
         axes.annotate("over 20% of the cost", (value, name), (6, 0), textcoords="offset points", va="center", fontsize=7)
     axes.set(title=title, xlabel="score")
     axes.margins(y=0.01)
-    axes.legend(loc="lower right")
+    axes.legend(loc="center", bbox_to_anchor=(0.7, 0.35))
     write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=150))
 
 
