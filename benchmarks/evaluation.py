@@ -69,7 +69,7 @@ def main() -> None:
         common += ["--jobs", str(args.jobs)] if args.jobs else []
         timed("data", "data/prepare.py", "digits", "--folder", str(data))
         timed("first evaluation, three methods", *common)
-        timed(f"one more method ({args.another.stem})", *common, str(args.another), "--preset", "digits")
+        timed(f"one more method ({args.another.stem})", *common, str(args.another), "--tuned")
         timed("the first again", *common)
     finally:
         shutil.rmtree(folder)
