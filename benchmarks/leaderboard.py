@@ -20,7 +20,7 @@ from scipy.stats import spearmanr
 
 from evaluator.evaluation import HERE, Evaluation
 from evaluator.files import Problem, read_json, write_atomically
-from evaluator.report import COST_LIMIT, RETRAINED, UNLEARNED, score, versions, write_csv
+from evaluator.report import COST_LIMIT, RETRAINED, UNLEARNED, versions, write_csv
 from evaluator.runs import NO_UNLEARNING, Method
 from evaluator.tuning import tuned_file, tuned_values
 
@@ -58,11 +58,8 @@ def scores(evaluation: Evaluation, methods: list[Method]) -> pd.DataFrame:
     rows = {method.name: evaluation.score(method) for method in methods}
     rows["(ceiling, estimated)"] = evaluation.ceiling
     table = pd.DataFrame.from_dict(rows, orient="index")
-    size = min(QUICK, evaluation.runs)
-    groups = [range(start, start + size) for start in range(0, evaluation.runs - size + 1, size)]
     for method in methods:
-        pools = evaluation.unlearned(method), evaluation.retrained
-        quick = [score(*(pool.load(group) for pool in pools), evaluation.data)[0]["score"] for group in groups]
+        quick = evaluation.group_scores(method, min(QUICK, evaluation.runs))
         table.loc[method.name, ["quick", "scatter"]] = quick[0], pd.Series(quick).std()
     return table
 

@@ -137,6 +137,12 @@ class Evaluation:
         write_json(folder / "summary.json", summary)
         return summary
 
+    def group_scores(self, method: Method, size: int) -> list[float]:
+        """The scores of disjoint groups of `size` runs, each against as many retrained networks of its own."""
+        groups = [range(start, start + size) for start in range(0, self.runs - size + 1, size)]
+        pools = self.unlearned(method), self.retrained
+        return [report.score(*(pool.load(group) for pool in pools), self.data)[0]["score"] for group in groups]
+
 
 class stage:
     """Prints what took how long, when it took long enough to notice."""
