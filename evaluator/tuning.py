@@ -20,8 +20,7 @@ from evaluator import report
 from evaluator.evaluation import HERE, Evaluation
 from evaluator.files import Problem, read_json, write_json
 from evaluator.progress import progress
-from evaluator.runs import Diverged, Method, seconds_alone, unlearned_pool
-from evaluator.training import seconds_of_retraining
+from evaluator.runs import Diverged, Method, unlearned_pool
 
 TRIALS, RUNS = 20, 64  # the budget of a method: settings scored, runs of each,
 FINALISTS, TIMES_RUNS = 4, 4  # and how many of the best are scored again with how many times the runs
@@ -101,9 +100,7 @@ def tune(evaluation: Evaluation, method: Method, trials: int = TRIALS) -> dict:
             trial = study.ask()
             tried = dataclasses.replace(method, config=method.config | suggest(trial, method))
             try:
-                # Both measured now: a machine's speed changes from minute to minute, the ratio does not.
-                cost = seconds_alone(evaluation.setting, evaluation.data, evaluation.recipe, tried, repeats=1)
-                cost /= seconds_of_retraining(evaluation.data, evaluation.recipe, at_most=0.5)
+                cost = evaluation.cost(tried, repeats=1, at_most=0.5)
                 if cost > report.COST_LIMIT:
                     study.tell(trial, report.COST_LIMIT - cost)  # below every score: the search turns back
                     continue
