@@ -63,7 +63,8 @@ def ladder(evaluation: Evaluation, method: Method) -> pd.DataFrame:
     """One row of the ablation each: the published score and ours, and both divided by their own fine-tuning."""
     made = []
     for row, (published, values) in rows(method.config).items():
-        summary = evaluation.score(dataclasses.replace(method, name="ladder", config=method.config | values))
+        changed = dataclasses.replace(method, name="ladder", config=method.config | values)
+        summary = evaluation.score_of(changed, range(evaluation.runs))
         made.append(
             {
                 "row": row,

@@ -53,15 +53,12 @@ def contestants(data: str) -> list[Method]:
 
 
 def scores(evaluation: Evaluation, methods: list[Method]) -> pd.DataFrame:
-    """One row a method and one for the ceiling, indexed by name. `quick` is the score of the first 64 runs alone, `scatter`
-    the standard deviation of the scores of all groups of 64, each against 64 retrained networks of its own."""
+    """One row a method and one for the ceiling, indexed by name; `quick` is the score of the first 64 runs alone."""
     rows = {method.name: evaluation.score(method) for method in methods}
     rows["(ceiling, estimated)"] = evaluation.ceiling
     table = pd.DataFrame.from_dict(rows, orient="index")
-    for method in methods:
-        quick = evaluation.group_scores(method, min(QUICK, evaluation.runs))
-        table.loc[method.name, ["quick", "scatter"]] = quick[0], pd.Series(quick).std()
-    return table
+    first = range(min(QUICK, evaluation.runs))
+    return table.assign(quick=pd.Series({method.name: evaluation.score_of(method, first)["score"] for method in methods}))
 
 
 def leaderboard(splits: dict[str, pd.DataFrame]) -> pd.DataFrame:
@@ -103,17 +100,22 @@ def as_text(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def correlations(splits: dict[str, pd.DataFrame], runs: int) -> list[str]:
-    """How far one ranking tells another, over the methods (Spearman), and how far one quick score another."""
+    """How far one ranking tells another, over the methods (Spearman)."""
     public, private = (table[~table.index.str.startswith("(")] for table in splits.values())
     pairs = {f"public and private, N = {runs}": (public.score, private.score)}
     if runs > QUICK:
         for split, table in (("public", public), ("private", private)):
             pairs[f"N = {QUICK} and N = {runs}, {split}"] = (table.quick, table.score)
-    lines = [f"{what}: {spearmanr(*pair).statistic:.3f}" for what, pair in pairs.items()]
-    if runs > QUICK:
-        ours = private.loc["unlearning"]
-        lines.append(f"unlearning at N = {QUICK}, private, {runs // QUICK} times: standard deviation {ours.scatter:.4f}")
-    return lines
+    return [f"{what}: {spearmanr(*pair).statistic:.3f}" for what, pair in pairs.items()]
+
+
+def scatter(evaluation: Evaluation, method: Method) -> list[str]:
+    """How far one quick score of a method lies from another."""
+    if evaluation.runs <= QUICK:
+        return []
+    quick, split = evaluation.group_scores(method, QUICK), evaluation.data.split
+    deviation = pd.Series(quick).std()
+    return [f"{method.name} at N = {QUICK}, {split}, {len(quick)} times: standard deviation {deviation:.4f}"]
 
 
 def draw(table: pd.DataFrame, path: Path, title: str) -> None:
@@ -166,6 +168,7 @@ def main() -> None:
             sizes.append(str(len(evaluation.data.forget)))
             pools = [evaluation.retrained, *(evaluation.unlearned(method) for method in methods)]
             minutes += sum(pool.load(range(args.runs))["seconds"].sum().item() for pool in pools) / 60
+        scattered = scatter(evaluation, methods[1])  # unlearning, private
         searched = budget(evaluation.data.name)
         table = leaderboard(splits)
         write_csv(args.results / "leaderboard.csv", table)
@@ -174,7 +177,7 @@ def main() -> None:
         draw(table, picture, title)
     except Problem as problem:
         sys.exit(f"error: {problem}")
-    correlated = correlations(splits, args.runs)
+    correlated = correlations(splits, args.runs) + scattered
     shown = as_text(table)
     text = RESULTS.format(
         data=evaluation.data.name,

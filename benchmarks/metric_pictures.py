@@ -1,14 +1,13 @@
 """What the score is worth: forgetting quality of made-up unlearners, by simulation. Prints the table of docs/metric.md and
 draws its picture, docs/metric.png.
 
-    python benchmarks/metric_pictures.py
+    python -m benchmarks.metric_pictures
 
 Of every forget example the retrained networks' confidences are drawn from a normal law, and the unlearned networks' from
 one that is shifted or has another width. Half a minute on one core.
 """
 
 import argparse
-import sys
 from pathlib import Path
 
 import matplotlib
@@ -17,11 +16,10 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-from evaluator import metric  # noqa: E402
-from evaluator.metric import epsilons, forgetting_quality  # noqa: E402
-from evaluator.progress import progress  # noqa: E402
+from evaluator import metric
+from evaluator.evaluation import HERE
+from evaluator.metric import epsilons, forgetting_quality
+from evaluator.progress import progress
 
 MEAN, SD = 4.0, 2.0  # of the retrained networks' confidences; the size of SD hardly matters
 SHIFTS = (0.0, 0.25, 0.5, 1.0, 2.0)  # of the unlearned networks' mean, in SD
@@ -141,7 +139,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--examples", type=int, default=300, help="forget examples per law (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--picture", type=Path, default=ROOT / "docs" / "metric.png")
+    parser.add_argument("--picture", type=Path, default=HERE / "docs" / "metric.png")
     args = parser.parse_args()
     torch.set_num_threads(1)
     simulated = {}

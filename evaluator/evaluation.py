@@ -141,11 +141,14 @@ class Evaluation:
         write_json(folder / "summary.json", summary)
         return summary
 
+    def score_of(self, method: Method, runs: range) -> dict:
+        """The score and its parts of some of the runs, against the retrained networks of the same numbers; nothing drawn."""
+        return report.score(self.unlearned(method).load(runs), self.retrained.load(runs), self.data)[0]
+
     def group_scores(self, method: Method, size: int) -> list[float]:
         """The scores of disjoint groups of `size` runs, each against as many retrained networks of its own."""
-        groups = [range(start, start + size) for start in range(0, self.runs - size + 1, size)]
-        pools = self.unlearned(method), self.retrained
-        return [report.score(*(pool.load(group) for pool in pools), self.data)[0]["score"] for group in groups]
+        starts = range(0, self.runs - size + 1, size)
+        return [self.score_of(method, range(start, start + size))["score"] for start in starts]
 
 
 class stage:

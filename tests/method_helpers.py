@@ -5,6 +5,7 @@ from types import ModuleType
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.data import DataLoader
 
 from evaluator.data import Examples, Loader
@@ -54,3 +55,27 @@ def at_once(method: ModuleType, original: nn.Module, seeds: list[int], **values)
     parts = [Loader(DoubleExamples(**vars(part)), BATCH, sources) for part in (RETAIN, FORGET, VALIDATION)]
     method.unlearning(ensemble, *parts, method.Config(**values))
     return ensemble.members
+
+
+def same_at_once(method: ModuleType, original: nn.Module, tolerance: float, **values) -> list[nn.Module]:
+    """Three members of an ensemble; fails unless each is the network that its seed alone gives."""
+    together = at_once(method, original, [0, 1, 2], **values)
+    for seed, member in enumerate(together):
+        (alone,) = at_once(method, original, [seed], **values)
+        expected = alone.state_dict()
+        for name, tensor in member.state_dict().items():
+            torch.testing.assert_close(
+                tensor, expected[name], rtol=tolerance, atol=tolerance, msg=lambda text, at=name: f"{at}: {text}"
+            )
+    return together
+
+
+def rates(method: ModuleType, original: nn.Module, **values) -> list[float]:
+    """The learning rate of each step."""
+    seen = []
+    handle = register_optimizer_step_pre_hook(lambda optimizer, *_: seen.append(optimizer.param_groups[0]["lr"]))
+    try:
+        unlearned(method, original, **values)
+    finally:
+        handle.remove()
+    return seen

@@ -1,11 +1,10 @@
 """Each baseline does what defines it, and does it to K networks at once as it does to one."""
 
 import copy
-from types import ModuleType
 
 import pytest
 import torch
-from method_helpers import BATCH, FORGET, RETAIN, VALIDATION, at_once, examples, loaders, unlearned
+from method_helpers import BATCH, FORGET, RETAIN, VALIDATION, at_once, examples, loaders, rates, same_at_once, unlearned
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
@@ -70,17 +69,6 @@ def distance(net: nn.Module, other: nn.Module, part: Examples) -> float:
     return F.kl_div(answers, target, reduction="batchmean", log_target=True).item()
 
 
-def rates(method: ModuleType, original: nn.Module, **values) -> list[float]:
-    """The learning rate of each step."""
-    seen = []
-    handle = register_optimizer_step_pre_hook(lambda optimizer, *_: seen.append(optimizer.param_groups[0]["lr"]))
-    try:
-        unlearned(method, original, **values)
-    finally:
-        handle.remove()
-    return seen
-
-
 # All of them
 
 
@@ -98,14 +86,7 @@ def test_keeps_the_contract(method, original):
 @pytest.mark.parametrize("method", BASELINES, ids=lambda method: method.__name__)
 def test_networks_at_once_are_as_one_at_a_time(method, original):
     assert method.ENSEMBLE
-    together = at_once(method, original, [0, 1, 2], **SHORT[method])
-    for seed, member in enumerate(together):
-        (alone,) = at_once(method, original, [seed], **SHORT[method])
-        expected = alone.state_dict()
-        for name, tensor in member.state_dict().items():
-            torch.testing.assert_close(
-                tensor, expected[name], rtol=1e-6, atol=1e-6, msg=lambda text, at=name: f"{at}: {text}"
-            )
+    together = same_at_once(method, original, tolerance=1e-6, **SHORT[method])
     assert not torch.allclose(together[0].fc.weight, together[1].fc.weight, atol=1e-4)
 
 

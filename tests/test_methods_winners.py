@@ -3,11 +3,10 @@
 import copy
 import math
 from dataclasses import replace
-from types import ModuleType
 
 import pytest
 import torch
-from method_helpers import BATCH, FORGET, RETAIN, VALIDATION, at_once, loaders, unlearned
+from method_helpers import BATCH, FORGET, RETAIN, VALIDATION, loaders, rates, same_at_once, unlearned
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.optimizer import register_optimizer_step_pre_hook
@@ -69,14 +68,7 @@ def test_networks_at_once_are_as_one_at_a_time(method, original, monkeypatch):
     if method is sebastian:  # a value in the middle between two halves may fall to either: tested on its own
         monkeypatch.setattr(sebastian, "round_to_half", lambda net: None)
     assert method.ENSEMBLE
-    together = at_once(method, original, [0, 1, 2], **SHORT[method])
-    for seed, member in enumerate(together):
-        (alone,) = at_once(method, original, [seed], **SHORT[method])
-        expected = alone.state_dict()
-        for name, tensor in member.state_dict().items():
-            torch.testing.assert_close(
-                tensor, expected[name], rtol=1e-7, atol=1e-7, msg=lambda text, at=name: f"{at}: {text}"
-            )
+    together = same_at_once(method, original, tolerance=1e-7, **SHORT[method])
     assert not torch.allclose(together[0].fc.weight, together[1].fc.weight, atol=1e-3)
 
 
@@ -85,17 +77,6 @@ def test_less_than_an_epoch_is_possible(method, original):
     steps = rates(method, original, **({"epochs": 0.2} | ({"rounds": 1} if method in (fanchuan, sun) else {})))
     full = rates(method, original)
     assert 0 < len(steps) < len(full) / 3 or method is amnesiacs  # whose imitation of the original stays as long
-
-
-def rates(method: ModuleType, original: nn.Module, **values) -> list[float]:
-    """The learning rate of each step."""
-    seen = []
-    handle = register_optimizer_step_pre_hook(lambda optimizer, *_: seen.append(optimizer.param_groups[0]["lr"]))
-    try:
-        unlearned(method, original, **values)
-    finally:
-        handle.remove()
-    return seen
 
 
 def cosine(highest: float, epochs: int) -> list[float]:
