@@ -10,6 +10,7 @@ epsilon, its (N+1) x (N+1) possible values are computed once.
 
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -23,7 +24,22 @@ BUFFER = 2.0  # how far the ends of the intervals reach beyond the narrower side
 LEFT_ENDS = int(2 * BUFFER * THRESHOLDS_PER_UNIT)
 BIN_WIDTH = 0.5  # of epsilon, in H
 TINY = 1e-45  # keeps the logarithm of a probability of 0 finite
-EXAMPLES_AT_ONCE = 8  # bounds memory: about 160,000 intervals an example
+EXAMPLES_AT_ONCE = 8  # bounds memory: about 160,000 intervals per example
+FAMILIES = ("range", "threshold", "interval")  # of attacks; "range": the spreads differ so much that none is needed
+
+
+class Attacks(NamedTuple):
+    """The attack that decides each example's epsilon; every field is [examples].
+
+    It tells the networks with left <= confidence <= right from the others.
+    """
+
+    epsilon: Tensor  # within [0, 50]
+    family: Tensor  # index into FAMILIES
+    left: Tensor
+    right: Tensor  # infinite for a threshold
+    unlearned_inside: Tensor  # how many of the N unlearned networks are inside
+    retrained_inside: Tensor
 
 
 def logit_scaled_confidence(logits: Tensor, targets: Tensor) -> Tensor:
@@ -42,11 +58,17 @@ def logit_scaled_confidence(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def epsilons(unlearned: Tensor, retrained: Tensor, on_progress: Callable[[int], object] = lambda examples: None) -> Tensor:
-    """How well the best attack tells unlearned from retrained networks, for each forget example.
+    """How well the best attack tells unlearned from retrained networks: [examples], within [0, 50]. See `best_attacks`."""
+    return best_attacks(unlearned, retrained, on_progress).epsilon
+
+
+def best_attacks(
+    unlearned: Tensor, retrained: Tensor, on_progress: Callable[[int], object] = lambda examples: None
+) -> Attacks:
+    """The attack that tells unlearned from retrained networks best, for each forget example.
 
     unlearned, retrained: confidences [runs, examples], of the same shape, at least 2 runs.
     on_progress: called now and then with the number of examples done since the last call.
-    Returns [examples], within [0, 50].
     Raises ValueError when the shapes do not fit, a confidence is not finite, or no threshold of an example survives.
     """
     if unlearned.shape != retrained.shape or unlearned.dim() != 2:
@@ -61,27 +83,33 @@ def epsilons(unlearned: Tensor, retrained: Tensor, on_progress: Callable[[int], 
         if not side.isfinite().all():
             run, example = (~side.isfinite()).nonzero()[0].tolist()
             raise ValueError(f"the {name} confidence of example {example} in run {run} is {side[run, example].item()}")
-    if examples == 0:
-        return torch.empty(0, dtype=torch.float64, device=unlearned.device)
     table = _epsilon_table(runs).to(unlearned.device)
     unlearned = unlearned.double().T.contiguous().sort().values  # [examples, runs]
     retrained = retrained.double().T.contiguous().sort().values
-    parts = []
+    found = [unlearned.new_empty(3, 0)]  # epsilon, left, right
+    families = [torch.empty(0, dtype=torch.long, device=unlearned.device)]
     for ours, theirs in zip(unlearned.split(EXAMPLES_AT_ONCE), retrained.split(EXAMPLES_AT_ONCE), strict=True):
-        parts.append(torch.maximum(_single_threshold(ours, theirs, table), _interval(ours, theirs, table)))
+        threshold, interval = _single_threshold(ours, theirs, table), _interval(ours, theirs, table)
+        found.append(torch.where(interval[0] > threshold[0], interval, threshold))
+        families.append((interval[0] > threshold[0]) + FAMILIES.index("threshold"))
         on_progress(len(ours))
-    found = torch.cat(parts)
-    ranges = torch.stack([unlearned[:, -1] - unlearned[:, 0], retrained[:, -1] - retrained[:, 0]])
+    (epsilon, left, right), family = torch.cat(found, dim=1), torch.cat(families)
+    ends = torch.stack([unlearned[:, [0, -1]], retrained[:, [0, -1]]])  # [sides, examples, 2]
+    ranges = ends[..., 1] - ends[..., 0]
     told_apart = ranges.amin(0) / ranges.amax(0) < SMALLEST_RANGE_RATIO  # 0/0 is not
-    found = torch.where(told_apart, LARGEST_EPSILON, found)
-    if (found < 0).any():
-        example = int((found < 0).nonzero()[0])
+    narrower = torch.where((ranges[0] < ranges[1]).unsqueeze(1), ends[0], ends[1])
+    epsilon = torch.where(told_apart, LARGEST_EPSILON, epsilon)
+    family = torch.where(told_apart, FAMILIES.index("range"), family)
+    left, right = (torch.where(told_apart, end, other) for end, other in zip(narrower.T, (left, right), strict=True))
+    if (epsilon < 0).any():
+        example = int((epsilon < 0).nonzero()[0])
         raise ValueError(
             f"no threshold survives for example {example}: all its unlearned confidences are "
             f"{unlearned[example, 0]:.6g} to {unlearned[example, -1]:.6g}, the retrained ones "
             f"{retrained[example, 0]:.6g} to {retrained[example, -1]:.6g}, and every attack has a rate of 0"
         )
-    return found.clamp(max=LARGEST_EPSILON)
+    inside = (((left.unsqueeze(1) <= side) & (side <= right.unsqueeze(1))).sum(1) for side in (unlearned, retrained))
+    return Attacks(epsilon.clamp(max=LARGEST_EPSILON), family, left, right, *inside)
 
 
 def forgetting_quality(epsilons: Tensor, runs: int) -> float:
@@ -122,10 +150,10 @@ def _epsilon_table(runs: int) -> Tensor:
     return torch.from_numpy(epsilon.ravel())
 
 
-def _best(table: Tensor, true_positives: Tensor, false_positives: Tensor) -> Tensor:
-    """The largest epsilon of each example; counts: [examples, thresholds]."""
+def _best(table: Tensor, true_positives: Tensor, false_positives: Tensor) -> tuple[Tensor, Tensor]:
+    """The largest epsilon of each example, and its threshold's index, [examples, 1]; counts: [examples, thresholds]."""
     runs = math.isqrt(table.numel()) - 1
-    return table[true_positives * (runs + 1) + false_positives].amax(dim=1)
+    return table[true_positives * (runs + 1) + false_positives].max(dim=1, keepdim=True)
 
 
 def _evenly(start: Tensor, stop: Tensor, count: Tensor) -> Tensor:
@@ -137,7 +165,10 @@ def _evenly(start: Tensor, stop: Tensor, count: Tensor) -> Tensor:
 
 
 def _single_threshold(unlearned: Tensor, retrained: Tensor, table: Tensor) -> Tensor:
-    """Best epsilon of "positive iff confidence >= threshold"; sides sorted, [examples, runs]."""
+    """The best "positive iff confidence >= threshold"; sides sorted, [examples, runs].
+
+    Returns epsilon, left and right ends, [3, examples]; epsilon is -1 where no threshold survives.
+    """
     runs = unlearned.shape[1]
     middle = [(runs - 1) // 2, runs // 2]
     retrained_higher = (retrained[:, middle].mean(1) > unlearned[:, middle].mean(1)).unsqueeze(1)
@@ -147,17 +178,20 @@ def _single_threshold(unlearned: Tensor, retrained: Tensor, table: Tensor) -> Te
     high = torch.maximum(positive[:, -1], negative[:, -1])
     count = ((high - low) * THRESHOLDS_PER_UNIT).ceil().long()
     if not count.any():
-        return torch.full_like(low, -1.0)
+        return torch.stack([torch.full_like(low, -1.0), low, high])
     thresholds = _evenly(low, high, count).float().double()  # torch.linspace, which the organisers call, makes float32
     true_positives = runs - torch.searchsorted(positive, thresholds)
     false_positives = runs - torch.searchsorted(negative, thresholds)
-    return torch.where(count > 0, _best(table, true_positives, false_positives), -1.0)
+    epsilon, best = _best(table, true_positives, false_positives)
+    left = thresholds.gather(1, best)
+    found = torch.cat([epsilon, left, torch.full_like(left, math.inf)], dim=1).T
+    return torch.where(count > 0, found, torch.stack([torch.full_like(low, -1.0), low, high]))
 
 
 def _interval(unlearned: Tensor, retrained: Tensor, table: Tensor) -> Tensor:
-    """Best epsilon of "positive iff left <= confidence <= right"; sides sorted, [examples, runs].
+    """The best "positive iff left <= confidence <= right"; sides sorted, [examples, runs].
 
-    "Positive" is the narrower side; on a tie the side that is negative for a single threshold.
+    "Positive" is the narrower side; on a tie the side that is negative for a single threshold. Returns as above.
     """
     runs = unlearned.shape[1]
     middle = [(runs - 1) // 2, runs // 2]
@@ -175,9 +209,16 @@ def _interval(unlearned: Tensor, retrained: Tensor, table: Tensor) -> Tensor:
     left_stop = right - width.unsqueeze(1) + BUFFER
     left = _evenly(left_start, left_stop, torch.full_like(right, LEFT_ENDS, dtype=torch.long))  # [examples, 400, 400]
 
+
     def inside(side: Tensor) -> Tensor:
         up_to_right = torch.searchsorted(side, right, right=True, out_int32=True)
         below_left = torch.searchsorted(side, left.flatten(1), out_int32=True).view_as(left)
-        return (up_to_right.unsqueeze(2) - below_left).clamp_(min=0).flatten(1)
+        return (up_to_right.unsqueeze(2) - below_left).clamp_(min=0)
 
-    return _best(table, inside(positive), inside(negative))
+    epsilon = table[inside(positive) * (runs + 1) + inside(negative)]  # [examples, right ends, left ends]
+    # The index of the largest in two steps: one over all 160,000 would take twice as long as finding its value.
+    _, at_right = epsilon.amax(dim=2).max(dim=1, keepdim=True)
+    row = at_right.unsqueeze(2).expand(-1, 1, LEFT_ENDS)
+    epsilon, at_left = epsilon.gather(1, row).squeeze(1).max(dim=1, keepdim=True)
+    left = left.gather(1, row).squeeze(1).gather(1, at_left)
+    return torch.cat([epsilon, left, right.gather(1, at_right)], dim=1).T
