@@ -9,86 +9,71 @@ Everything finished is kept under --results: the same command goes on where it w
 other data, another recipe, other code or other hyperparameters would change.
 """
 
-import argparse
 import ast
 import sys
 from pathlib import Path
 
-from evaluator import report
+from evaluator import command, report
 from evaluator.checkpoints import Checkpoints
-from evaluator.evaluation import HERE, Evaluation
-from evaluator.files import Problem
-from evaluator.runs import NO_UNLEARNING, Method
+from evaluator.evaluation import HERE
+from evaluator.files import Problem, read_json
+from evaluator.method import NO_UNLEARNING, Method
 from evaluator.tuning import tuned_values
 
 OURS = [HERE / "methods" / "finetune.py", HERE / "methods" / "negrad.py", HERE / "unlearning.py"]
 
 
 def main(arguments: list[str] | None = None) -> int:
-    args = parse(arguments)
-    try:
-        evaluate(args)
-    except Problem as problem:
-        print(f"error: {problem}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("\ninterrupted; what was finished is kept, the same command goes on from there", file=sys.stderr)
-        return 130
-    return 0
-
-
-def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command.parser(__doc__, "split", "second-pool", "attacks", "time-limit", "keep-networks")
     parser.add_argument("methods", nargs="*", metavar="METHOD", help="a .py file or an .ipynb notebook with unlearning()")
     what = parser.add_argument_group("what is scored")
-    what.add_argument("--checkpoints", type=Path, metavar="ZIP", help="a submission.zip with one checkpoint a run")
-    what.add_argument("--data", default="digits", help="a name under data/, or any folder in that layout (default: digits)")
-    what.add_argument("--split", default="public", help="public (tune on this one) or private (report on this one)")
-    what.add_argument("--runs", type=int, default=512, help="N, networks of each kind (default: 512, the competition's)")
-    what.add_argument("--preset", help="a key of the method's PRESETS (default: the data set's name, else Config())")
+    what.add_argument("--checkpoints", type=Path, metavar="ZIP", help="a submission.zip with one checkpoint per run")
+    what.add_argument("--preset", help="a key of the methods' PRESETS (default: the data set's name where there is one)")
     what.add_argument("--tuned", action="store_true", help="use the values that `make tune` found for the data set")
     what.add_argument("--set", nargs="+", default=[], metavar="FIELD=VALUE", help="Config fields of the METHODs")
-    what.add_argument("--second-pool", action="store_true", help="measure the ceiling with N further retrained networks")
-    how = parser.add_argument_group("how")
-    how.add_argument("--jobs", type=int, help="processes (default: one a core, or one on the GPU)")
-    how.add_argument("--device", default="auto", help="cpu, cuda, or auto: a GPU where one works (default)")
-    how.add_argument("--time-limit", type=float, metavar="SECONDS", help="stop with an error when a run takes longer")
-    how.add_argument("--results", type=Path, default=Path("results"), help="where runs, tables and figures are kept")
-    how.add_argument("--keep-networks", action="store_true", help="also keep every network's weights (large)")
-    return parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
+    return command.run(lambda: evaluate(args))
 
 
-def evaluate(args: argparse.Namespace) -> None:
-    evaluation = Evaluation.of(
-        args.data,
-        args.split,
-        args.runs,
-        args.results,
-        args.jobs,
-        args.device,
-        args.second_pool,
-        time_limit=args.time_limit,
-        keep_networks=args.keep_networks,
-    )
-    data = evaluation.data
-    values = dict(field_value(text) for text in args.set)
+def evaluate(args) -> None:
+    evaluation = command.evaluation(args)
+    with evaluation.alone():
+        methods = methods_of(args, evaluation.data.name)
+        summaries = []
+        for method in methods:
+            before = read_json(evaluation.results / method.name / "summary.json").get("path", str(method.path))
+            if before != str(method.path):
+                print(f"{method.name}: takes the place of the results of {before}", file=sys.stderr)
+            summaries.append(evaluation.score(method))
+            report.draw_figures(evaluation, method)
+        if not args.attacks:
+            summaries = [{name: value for name, value in row.items() if name != "attacks"} for row in summaries]
+        table = report.score_table(summaries, evaluation.ceiling())
+        page = report.write_page(evaluation.results, evaluation.title, table, [method.name for method in methods])
+    print(f"\n{evaluation.title}\n{table.to_string(index=False)}")
+    if summaries[0]["original"] == "given":
+        print(f"the original network is the one given in {evaluation.data.folder}; the kit did not train it")
+    if evaluation.data.test is None:
+        print("TA is measured on the validation set: this folder has no test.csv")
+    print(f"\nfigures, per-example values and {page.name}: {page.parent}")
+
+
+def methods_of(args, data_name: str) -> list[Method | Checkpoints]:
+    """What is scored. Raises Problem when one cannot be read, or two have the same name."""
     given = args.methods or args.checkpoints
     methods = [] if given else [NO_UNLEARNING]
     if args.checkpoints:
         methods.append(Checkpoints.read(args.checkpoints, args.runs))
+    values = dict(field_value(text) for text in args.set)
     for path in args.methods if given else OURS:
-        if args.preset and Path(path).suffix == ".ipynb":
-            raise Problem(f"--preset {args.preset}: a notebook is scored with the values in it; --set changes one")
-        found = tuned_values(path, data.name) if args.tuned else {}
-        methods.append(Method.read(path, args.preset or data.name, found | values))
-
-    summaries = [evaluation.score(method) for method in methods]
-    table = report.score_table(summaries, evaluation.ceiling)
-    page = report.write_page(evaluation.results, evaluation.title, table, [method.name for method in methods])
-    print(f"\n{evaluation.title}\n{table.to_string(index=False)}")
-    if data.test is None:
-        print("TA is measured on the validation set: this folder has no test.csv")
-    print(f"\nfigures, per-example values and {page.name}: {page.parent}")
+        found = tuned_values(path, data_name) if args.tuned else {}
+        methods.append(Method.read(path, data_name, found | values, args.preset))
+    names = {}
+    for method in methods:
+        if method.name in names:
+            raise Problem(f"{names[method.name]} and {method.path}: have the same name; rename one, or score them apart")
+        names[method.name] = method.path
+    return methods
 
 
 def field_value(text: str) -> tuple[str, object]:
@@ -98,7 +83,7 @@ def field_value(text: str) -> tuple[str, object]:
         raise Problem(f"--set {text}: write FIELD=VALUE")
     try:
         return field, ast.literal_eval(value)
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
         return field, value
 
 

@@ -1,24 +1,22 @@
 """Unlearned networks that exist already: the checkpoints in a submission.zip, scored like runs of a method."""
 
 import copy
-import dataclasses
-import functools
 import hashlib
 import io
+import math
 import re
 import zipfile
 import zlib
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import ClassVar
 
-import numpy as np
+from torch import nn
 
 from evaluator.data import Data
-from evaluator.files import Problem
+from evaluator.files import Problem, one_line
 from evaluator.models import load_network
-from evaluator.pool import Pool
-from evaluator.runs import Setting, work_through
-from evaluator.training import Recipe, answers, one_thread, original_network
+from evaluator.training import Recipe
 
 
 @dataclass(frozen=True)
@@ -52,40 +50,29 @@ class Checkpoints:
         digest = hashlib.sha256(repr(sorted((e.filename, e.file_size, e.CRC) for e in listed)).encode()).hexdigest()
         return cls(Path(path), entries, digest)
 
+    config: ClassVar[dict] = {}
+    ensemble: ClassVar[bool] = False
+    timed: ClassVar[bool] = False  # of networks that exist already nobody knows what they took
+
     @property
     def name(self) -> str:
         return self.path.name
 
     @property
-    def config(self) -> dict:
-        return {}
+    def made_from(self) -> dict:
+        return {"zip": self.digest}
 
-    def pool(self, setting: Setting, data: Data, recipe: Recipe, runs: int) -> Pool:
-        """What the networks answer. Raises Problem naming the entry that cannot be used; those before it are kept."""
-        made_from = {"kind": "checkpoints", "data": data.digest, "recipe": dataclasses.asdict(recipe), "zip": self.digest}
-        pool = Pool(setting.results_of(data, self.name), made_from)
-        ask = functools.partial(_ask, setting, pool, recipe, self)
-        work_through(setting, pool, runs, self.name, [[run] for run in pool.missing(range(runs))], ask)
-        return pool
-
-
-def _ask(setting: Setting, pool: Pool, recipe: Recipe, checkpoints: Checkpoints, task: list[int]) -> int | Problem:
-    try:
-        with one_thread(), zipfile.ZipFile(checkpoints.path) as archive:
-            data = setting.load()
-            (run,) = task
-            where = checkpoints.path / checkpoints.entries[run]
-            try:
-                content = archive.read(checkpoints.entries[run])
-            except (OSError, zipfile.BadZipFile, zlib.error) as error:
-                raise Problem(f"{where}: cut off or damaged ({error})") from error
-            net = copy.deepcopy(original_network(data, recipe))
-            load_network(net, where, io.BytesIO(content))
-            asked = answers(net, data)
-            for name, value in asked.items():
-                if not np.isfinite(value).all():
-                    raise Problem(f"{where}: {name} holds a value that is not finite")
-            pool.save(run, {name: value[0] for name, value in asked.items()} | {"seconds": np.array(np.nan)})
-        return 1
-    except Problem as problem:
-        return problem
+    def networks(
+        self, original: nn.Module, runs: list[int], data: Data, recipe: Recipe, time_limit: float | None = None
+    ) -> tuple[nn.Module, float]:
+        """The network of one run. Raises Problem naming the entry that cannot be used."""
+        (run,) = runs
+        where = self.path / self.entries[run]
+        try:
+            with zipfile.ZipFile(self.path) as archive:
+                content = archive.read(self.entries[run])
+        except (OSError, KeyError, RuntimeError, NotImplementedError, zipfile.BadZipFile, zlib.error) as error:
+            raise Problem(f"{where}: cut off or damaged ({one_line(error)})") from error
+        net = copy.deepcopy(original)
+        load_network(net, where, io.BytesIO(content))
+        return net, math.nan

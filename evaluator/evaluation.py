@@ -1,34 +1,46 @@
-"""Puts the parts together: from a data set and a method to its summary, figures and tables, each made once and kept."""
+"""Puts the parts together: from a data set and a method to its summary and tables, each made once and kept."""
 
+import hashlib
+import json
 import sys
 import time
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+import filelock
 import joblib
 import torch
+from torch import Tensor, nn
 
-from evaluator import report
+from evaluator import scoring
 from evaluator.checkpoints import Checkpoints
-from evaluator.files import Problem, one_line, read_json, write_json
+from evaluator.data import Data, load
+from evaluator.files import Problem, one_line, read_json, write_csv, write_json
+from evaluator.method import Method
 from evaluator.pool import Pool
-from evaluator.runs import Method, Setting, retrained_pool, seconds_alone, unlearned_pool
-from evaluator.training import Recipe, original_network, seconds_of_retraining
+from evaluator.runs import Setting, cost, retrained_pool, unlearned_pool
+from evaluator.training import Recipe, original_is_given, original_network, seconds_of_retraining
 
 HERE = Path(__file__).resolve().parent.parent
+MOST_RUNS, MOST_JOBS = 5000, 256  # the metric's table of N² epsilons takes 200 MB at 5,000
 
 
 @dataclass(frozen=True)
 class Evaluation:
     """One data set under one split, with N networks of each kind. What it is asked for is read where it is kept already.
 
-    runs: N. second_pool: measure the ceiling with N further retrained networks instead of estimating it.
+    The data are read once, when they are first needed. runs: N. second_pool: measure the ceiling with N further retrained
+    networks instead of estimating it. attacks: also those beside the score (see evaluator.attacks).
     """
 
+    folder: Path  # of the data
+    split: str
     setting: Setting
     runs: int
     second_pool: bool = False
+    attacks: bool = False
 
     @classmethod
     def of(
@@ -40,24 +52,29 @@ class Evaluation:
         jobs: int | None = None,
         device: str = "auto",
         second_pool: bool = False,
-        **setting,
+        attacks: bool = False,
+        time_limit: float | None = None,
+        keep_networks: bool = False,
     ) -> "Evaluation":
-        """data: a name under data/, or any folder in that layout. jobs: processes; None: one a core, or one on the GPU.
+        """data: a name under data/, or any folder in that layout. jobs: processes; None: one per core, or one on the GPU.
 
         Raises Problem when a value cannot be used.
         """
-        if runs < 2:
-            raise Problem(f"--runs {runs}: the metric compares distributions, it needs at least 2 runs")
-        if jobs is not None and jobs < 1:
-            raise Problem(f"--jobs {jobs}: at least 1 process is needed")
+        if not 2 <= runs <= MOST_RUNS:
+            raise Problem(f"--runs {runs}: the metric compares distributions of 2 to {MOST_RUNS} runs")
+        if jobs is not None and not 1 <= jobs <= MOST_JOBS:
+            raise Problem(f"--jobs {jobs}: must be 1 to {MOST_JOBS} processes")
+        if time_limit is not None and not time_limit > 0:
+            raise Problem(f"--time-limit {time_limit:g}: must be more than 0 seconds")
         device = working_device(device)
         folder = Path(data) if Path(data).is_dir() else HERE / "data" / data
         jobs = jobs or (1 if device == "cuda" else joblib.cpu_count())
-        return cls(Setting(folder, split, Path(results), jobs, device, **setting), runs, second_pool)
+        setting = Setting(Path(results).absolute(), jobs, device, time_limit, keep_networks)
+        return cls(folder, split, setting, runs, second_pool, attacks)
 
     @cached_property
-    def data(self):
-        return self.setting.load()
+    def data(self) -> Data:
+        return load(self.folder, self.split)
 
     @cached_property
     def recipe(self) -> Recipe:
@@ -71,79 +88,112 @@ class Evaluation:
     def results(self) -> Path:
         return self.setting.results_of(self.data, ".")
 
-    @cached_property
-    def retrained(self) -> Pool:
-        with stage("original network"):
-            original_network(self.data, self.recipe)
-        with stage(f"{self.runs} retrained networks"):
-            return retrained_pool(self.setting, self.data, self.recipe, self.runs)
+    @contextmanager
+    def alone(self):
+        """Nobody else works on these results meanwhile: another evaluation waits, and then finds what this one made."""
+        try:
+            self.results.mkdir(parents=True, exist_ok=True)
+            lock = filelock.FileLock(self.results / ".lock", is_singleton=True)
+            try:
+                lock.acquire(blocking=False)
+            except filelock.Timeout:
+                print(f"waiting for another evaluation that works on {self.results}", file=sys.stderr, flush=True)
+                lock.acquire()
+        except OSError as error:
+            raise Problem(f"{self.results}: cannot be written ({error.strerror or error})") from error
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def original(self) -> nn.Module:
+        """The network to unlearn from; trained, where the data folder has none."""
+        with self.alone(), stage("original network"):
+            return original_network(self.data.to(self.setting.device), self.recipe).cpu()
+
+    def retrained(self, kind: str = "retrained") -> Pool:
+        """The retrained networks; those that are missing are made. kind: "retrained_again" is a second, independent pool."""
+        with self.alone(), stage(f"{self.runs} retrained networks"):
+            return retrained_pool(self.setting, self.data, self.recipe, self.runs, kind)
 
     def unlearned(self, method: Method | Checkpoints) -> Pool:
         """Its runs; those that are missing are made."""
-        _ = self.retrained  # the original is trained before, and what makes all methods fail is found first
-        with stage(f"{self.runs} runs of {method.name}"):
-            if isinstance(method, Checkpoints):
-                return method.pool(self.setting, self.data, self.recipe, self.runs)
-            return unlearned_pool(self.setting, self.data, self.recipe, method, self.runs)
+        original = self.original()
+        with self.alone(), stage(f"{self.runs} runs of {method.name}"):
+            return unlearned_pool(self.setting, self.data, self.recipe, original, method, self.runs)
 
-    @cached_property
+    def cost(self, method: Method, **how) -> float:
+        """Of one run, as a share of a retraining's. See `runs.cost`."""
+        return cost(self.setting, self.data, self.recipe, self.original(), method, **how)
+
     def retraining_seconds(self) -> float:
         """Of one retraining, alone on one thread."""
-        name = f"seconds_{self.setting.device}"
-        return self.retrained.number(name, lambda: seconds_of_retraining(self.data, self.recipe))
+        data = self.data.to(self.setting.device)
+        return self.retrained().number(f"seconds_{self.setting.device}", lambda: seconds_of_retraining(data, self.recipe))
 
-    def cost(self, method: Method, repeats: int = 3, at_most: float = 2.0) -> float:
-        """Of one run, as a part of a retraining's, each alone on one thread. Both are measured now, of the retraining
-        `at_most` seconds: a machine's speed changes from minute to minute, the ratio does not."""
-        seconds = seconds_alone(self.setting, self.data, self.recipe, method, repeats)
-        return seconds / seconds_of_retraining(self.data, self.recipe, at_most)
-
-    @cached_property
     def ceiling(self) -> dict:
         """The row of a perfect unlearner: retrained against retrained. Estimated, or measured with a second pool."""
-        retrained = self.retrained.load(range(self.runs))
-        with stage("ceiling"):
+        pool = self.retrained()
+        retrained = pool.load(range(self.runs))
+        with self.alone(), stage("ceiling"):
             if self.second_pool:
-                again = retrained_pool(self.setting, self.data, self.recipe, self.runs, "retrained_again")
-                scores, _ = report.score(again.load(range(self.runs)), retrained, self.data)
+                again = self.retrained("retrained_again").load(range(self.runs))
+                scores, _ = scoring.score(again, retrained, self.data, self.attacks)
                 return {"method": "(ceiling, measured)", **scores}
-            quality = self.retrained.number(f"ceiling_{self.runs}", lambda: report.estimated_ceiling(retrained, self.data))
+            name = f"ceiling_{self.runs}_{scoring.VERSION}"
+            quality = pool.number(name, lambda: scoring.estimated_ceiling(retrained, self.data))
         equal = dict.fromkeys(("ra_unlearned", "ra_retrained", "ta_unlearned", "ta_retrained"), 1.0)
         return {"method": "(ceiling, estimated)", "forgetting_quality": quality, "score": quality, **equal}
 
+    def pools(self, method: Method | Checkpoints) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """What the unlearned and the retrained networks answered."""
+        return self.unlearned(method).load(range(self.runs)), self.retrained().load(range(self.runs))
+
     def score(self, method: Method | Checkpoints) -> dict:
-        """Make the runs that are missing, and the summary, figures and tables where they are not of these very runs."""
-        retrained, unlearned = self.retrained, self.unlearned(method)
-        folder = self.setting.results_of(self.data, method.name)
-        made_of = {"runs": self.runs, "unlearned": unlearned.folder.name, "retrained": retrained.folder.name}
-        summary = read_json(folder / "summary.json")
-        if summary and summary["made_of"] == made_of:
-            return summary
-        cost = None  # of networks that exist already nobody knows what they took
-        if isinstance(method, Method):
-            cost = unlearned.number(f"cost_{self.setting.device}", lambda: self.cost(method))
-        pools = unlearned.load(range(self.runs)), retrained.load(range(self.runs))
-        scores, table = report.score(*pools, self.data)
-        report.draw_figures(folder, method.name, *pools, self.data, table)
-        report.write_csv(folder / "examples.csv", table)
-        summary = {
-            "method": method.name,
-            "config": method.config,
-            "data": self.data.name,
-            "split": self.data.split,
-            **scores,
-            "seconds_per_run": cost and cost * self.retraining_seconds,
-            "fraction_of_retraining": cost,
-            "versions": report.versions(),
-            "device": self.setting.device,
-            "made_of": made_of,
-        }
-        write_json(folder / "summary.json", summary)
-        return summary
+        """The summary of a method. Makes the runs that are missing, and works out summary.json and examples.csv anew where
+        they are not of these very runs and of the present scoring code; figures of an earlier summary are removed."""
+        with self.alone():
+            self.original()  # what makes all methods fail is found first
+            retrained, unlearned = self.retrained(), self.unlearned(method)
+            made_of = {
+                "runs": self.runs,
+                "unlearned": unlearned.folder.name,
+                "retrained": retrained.folder.name,
+                "scoring": scoring.VERSION,
+            }
+            folder = self.setting.results_of(self.data, method.name)
+            summary = read_json(folder / "summary.json")
+            whole = summary.get("checked") == _checksum(summary, folder / "examples.csv")
+            if whole and summary["made_of"] == made_of and ("attacks" in summary or not self.attacks):
+                return summary
+            share = None
+            if method.timed:
+                share = unlearned.number(f"cost_{self.setting.device}", lambda: self.cost(method))
+            scores, table = scoring.score(*self.pools(method), self.data, self.attacks)
+            summary = {
+                "method": method.name,
+                "path": str(method.path),
+                "config": method.config,
+                "data": self.data.name,
+                "split": self.data.split,
+                **scores,
+                "seconds_per_run": share and share * self.retraining_seconds(),
+                "fraction_of_retraining": share,
+                "original": "given" if original_is_given(self.data) else "trained by the recipe",
+                "versions": scoring.versions(),
+                "device": self.setting.device,
+                "made_of": made_of,
+            }
+            # In this order no figure or table ever stands beside another's summary.
+            for old in [folder / "summary.json", *folder.glob("*.png")]:
+                old.unlink(missing_ok=True)
+            write_csv(folder / "examples.csv", table)
+            write_json(folder / "summary.json", summary | {"checked": _checksum(summary, folder / "examples.csv")})
+            return read_json(folder / "summary.json")
 
     def score_of(self, method: Method, runs: range) -> dict:
-        """The score and its parts of some of the runs, against the retrained networks of the same numbers; nothing drawn."""
-        return report.score(self.unlearned(method).load(runs), self.retrained.load(runs), self.data)[0]
+        """The score and its parts of some runs, against the retrained networks of the same numbers; nothing is kept."""
+        return scoring.score(self.unlearned(method).load(runs), self.retrained().load(runs), self.data)[0]
 
     def group_scores(self, method: Method, size: int) -> list[float]:
         """The scores of disjoint groups of `size` runs, each against as many retrained networks of its own."""
@@ -151,19 +201,21 @@ class Evaluation:
         return [self.score_of(method, range(start, start + size))["score"] for start in starts]
 
 
-class stage:
+def _checksum(summary: dict, examples: Path) -> str:
+    """Of a summary and the table that belongs to it."""
+    content = json.dumps({name: value for name, value in summary.items() if name != "checked"}, sort_keys=True)
+    table = examples.read_bytes() if examples.is_file() else b""
+    return hashlib.sha256(content.encode() + table).hexdigest()[:12]
+
+
+@contextmanager
+def stage(name: str):
     """Prints what took how long, when it took long enough to notice."""
-
-    def __init__(self, name: str):
-        self.name = name
-
-    def __enter__(self):
-        self.start = time.perf_counter()
-
-    def __exit__(self, error, *_):
-        seconds = time.perf_counter() - self.start
-        if error is None and seconds > 1:
-            print(f"{self.name}: {seconds:.1f} s", file=sys.stderr, flush=True)
+    start = time.perf_counter()
+    yield
+    seconds = time.perf_counter() - start
+    if seconds > 1:
+        print(f"{name}: {seconds:.1f} s", file=sys.stderr, flush=True)
 
 
 def working_device(wanted: str) -> str:

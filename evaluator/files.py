@@ -1,11 +1,15 @@
 """Whole files or none, and errors for the person reading them."""
 
+import ast
 import contextlib
+import hashlib
 import json
 import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
+
+import pandas as pd
 
 
 class Problem(Exception):
@@ -47,9 +51,19 @@ def write_json(path: Path, content: dict) -> None:
     write_atomically(path, lambda file: file.write((json.dumps(content, indent=2) + "\n").encode()))
 
 
-def read_json(path: Path) -> dict | None:
-    """What `write_json` wrote, or None where there is nothing to read."""
+def read_json(path: Path) -> dict:
+    """What `write_json` wrote; empty where there is nothing to read, or something else."""
     try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError):
-        return None
+        content = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def write_csv(path: Path, table: pd.DataFrame) -> None:
+    write_atomically(path, lambda file: file.write(table.to_csv(index=False).encode()))
+
+
+def code_digest(tree: ast.Module) -> str:
+    """Of code without comments and formatting: of what can change a result."""
+    return hashlib.sha256(ast.dump(tree).encode()).hexdigest()

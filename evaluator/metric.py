@@ -76,7 +76,7 @@ def best_attacks(
             "unlearned and retrained confidences must both be [runs, examples]; "
             f"they are {list(unlearned.shape)} and {list(retrained.shape)}"
         )
-    runs, examples = unlearned.shape
+    runs = len(unlearned)
     if runs < 2:
         raise ValueError(f"the metric needs at least 2 runs, not {runs}")
     for name, side in (("unlearned", unlearned), ("retrained", retrained)):
@@ -208,7 +208,6 @@ def _interval(unlearned: Tensor, retrained: Tensor, table: Tensor) -> Tensor:
     left_start = right - width.unsqueeze(1) - BUFFER
     left_stop = right - width.unsqueeze(1) + BUFFER
     left = _evenly(left_start, left_stop, torch.full_like(right, LEFT_ENDS, dtype=torch.long))  # [examples, 400, 400]
-
 
     def inside(side: Tensor) -> Tensor:
         up_to_right = torch.searchsorted(side, right, right=True, out_int32=True)

@@ -1,5 +1,6 @@
 """The competition's network, torchvision's ResNet-18, at any width; `original_model.pth` in and out."""
 
+import hashlib
 from pathlib import Path
 from typing import BinaryIO
 
@@ -45,9 +46,21 @@ def initialise(net: nn.Module, generator: torch.Generator | None = None) -> None
                 module.bias.uniform_(-bound, bound, generator=generator)
 
 
+def plain_state(net: nn.Module) -> dict[str, torch.Tensor]:
+    """A state dict of its own: on the CPU, not parts of an ensemble's tensors."""
+    return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in net.state_dict().items()}
+
+
 def save_network(net: nn.Module, path: Path) -> None:
-    state = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in net.state_dict().items()}
-    write_atomically(path, lambda file: torch.save(state, file))
+    write_atomically(path, lambda file: torch.save(plain_state(net), file))
+
+
+def network_digest(net: nn.Module) -> str:
+    """Of all its tensors' values."""
+    digest = hashlib.sha256()
+    for name, tensor in plain_state(net).items():
+        digest.update(name.encode() + tensor.numpy().tobytes())
+    return digest.hexdigest()
 
 
 def load_network(net: nn.Module, path: Path, content: BinaryIO | None = None) -> None:
@@ -64,6 +77,9 @@ def load_network(net: nn.Module, path: Path, content: BinaryIO | None = None) ->
     misfit = state_misfit(net, state)
     if misfit:
         raise Problem(f"{path}: {misfit}")
+    for name, tensor in state.items():
+        if not tensor.isfinite().all():
+            raise Problem(f"{path}: tensor '{name}' holds a value that is not finite")
     net.load_state_dict(state)
 
 

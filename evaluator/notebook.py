@@ -7,12 +7,10 @@ output or another text makes no new runs.
 """
 
 import ast
-import importlib.machinery
 import json
 import symtable
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 
 from evaluator.files import Problem
 
@@ -40,20 +38,6 @@ def method_statements(path: Path) -> list[tuple[int, ast.stmt]]:
             return [statements[index] for index in sorted(kept)]
         kept |= found
         needed |= {name for index in found for name in _used(statements[index][1])}
-
-
-def method_tree(path: Path) -> ast.Module:
-    """All of it as one piece of code."""
-    return ast.Module([statement for _, statement in method_statements(path)], [])
-
-
-class NotebookLoader(importlib.machinery.SourceFileLoader):
-    """Imports a notebook's method. Its functions say in a traceback which code cell they come from."""
-
-    def exec_module(self, module: ModuleType) -> None:
-        for cell, statement in method_statements(Path(self.path)):
-            code = compile(ast.Module([statement], []), f"{self.path} code cell {cell},", "exec")
-            exec(code, vars(module))
 
 
 def _code_cells(path: Path) -> Iterator[tuple[int, str]]:

@@ -1,31 +1,40 @@
-"""What is kept of N networks, on disk: one small file a run, whole or not there, so that any interruption can be resumed."""
+"""What is kept of N networks, on disk: a small file per run, whole or not there, so that any interruption can be resumed."""
 
 import hashlib
 import json
+import math
 import zipfile
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from evaluator.data import Data, Examples
+from evaluator.ensemble import Ensemble
 from evaluator.files import Problem, read_json, write_atomically, write_json
+from evaluator.metric import logit_scaled_confidence
+
+FORMAT = 2  # to be raised when the same things would make other runs, or other values of them were kept
+RETAIN_CONFIDENCES = 1000  # how many retain examples' confidences are kept of a run, at most
+IMAGES_AT_ONCE = 2048  # when networks are asked
 
 
 class Pool:
     """A folder of runs that were all made from the same things.
 
-    folder/<key>/run_00000.npz holds what `evaluator.training.answers` says of one network, and its `seconds`.
+    folder/<key>/run_00000.npz holds what `answers` says of one network, and its `seconds`.
     made_from: everything that decides a run's result but its number; the key is a hash of it, so that other
     hyperparameters, data or recipes have other folders. It is kept beside the runs as made_from.json, for people.
     """
 
     def __init__(self, folder: Path, made_from: dict):
-        text = json.dumps(made_from, sort_keys=True, indent=1, default=str)
-        self.folder = folder / hashlib.sha256(text.encode()).hexdigest()[:12]
-        if not (self.folder / "made_from.json").exists():
-            write_atomically(self.folder / "made_from.json", lambda file: file.write(text.encode()))
+        text = json.dumps(made_from | {"format": FORMAT}, sort_keys=True, indent=1).encode()
+        self.folder = folder / hashlib.sha256(text).hexdigest()[:12]
+        self.made_from = self.folder / "made_from.json"
+        if not self.made_from.is_file() or self.made_from.read_bytes() != text:
+            write_atomically(self.made_from, lambda file: file.write(text))
 
     def path(self, run: int) -> Path:
         return self.folder / f"run_{run:05d}.npz"
@@ -43,23 +52,56 @@ class Pool:
         write_atomically(self.path(run), lambda file: np.savez(file, **values))
 
     def load(self, runs: Sequence[int]) -> dict[str, Tensor]:
-        """The runs' values, stacked: [runs, ...]. Raises Problem naming a file that is not whole."""
-        kept = []
+        """The runs' values, stacked: [runs, ...]. Raises Problem naming a file that is not a whole run of this pool."""
+        kept, first = [], None
         for run in runs:
             try:
                 with np.load(self.path(run), allow_pickle=False) as file:
-                    kept.append({name: file[name] for name in file.files})
-            except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
-                raise Problem(
-                    f"{self.path(run)}: cut off or damaged; delete it and run again to redo this run alone"
-                ) from error
+                    values = {name: file[name] for name in file.files}
+                shapes = {name: (value.shape, value.dtype) for name, value in values.items()}
+            except (OSError, ValueError, EOFError, KeyError, AttributeError, TypeError, zipfile.BadZipFile) as error:
+                raise self._damaged(run) from error
+            first = first or shapes
+            if "forget_logits" not in shapes or shapes != first:
+                raise self._damaged(run)
+            kept.append(values)
         return {name: torch.from_numpy(np.stack([values[name] for values in kept])) for name in kept[0]}
+
+    def _damaged(self, run: int) -> Problem:
+        return Problem(f"{self.path(run)}: cut off or damaged; delete it and run again to redo this run alone")
 
     def number(self, name: str, measure: Callable[[], float]) -> float:
         """A number about the pool that is worked out once and kept beside its runs, as <name>.json."""
         path = self.folder / f"{name}.json"
-        kept = read_json(path)
-        if kept is None:
-            kept = {"value": measure()}
-            write_json(path, kept)
-        return kept["value"]
+        kept = read_json(path).get("value")
+        if not isinstance(kept, float) or not math.isfinite(kept):
+            kept = float(measure())
+            write_json(path, {"value": kept})
+        return kept
+
+
+@torch.inference_mode()
+def answers(net: nn.Module, data: Data) -> dict[str, np.ndarray]:
+    """What a pool keeps of each network, K members first: forget_logits [K, forget, classes] and retain_confidences
+    [K, at most 1000] in float32; ra, va, ta (accuracy on retain, validation and test) [K] in float64."""
+    net.eval()
+    retain = _logits(net, data.retain)
+    kept = torch.linspace(0, len(data.retain) - 1, min(RETAIN_CONFIDENCES, len(data.retain))).round().long()
+    kept = kept.to(retain.device)
+    confidences = logit_scaled_confidence(retain[:, kept], data.retain.age_group[kept])
+    values = {"forget_logits": _logits(net, data.forget), "retain_confidences": confidences.float()}
+    held_out = _logits(net, data.held_out)
+    for name, logits, examples in (
+        ("ra", retain, data.retain),
+        ("va", _logits(net, data.validation), data.validation),
+        ("ta", held_out, data.held_out),
+    ):
+        values[name] = (logits.argmax(-1) == examples.age_group).double().mean(1)
+    return {name: value.cpu().numpy() for name, value in values.items()}
+
+
+def _logits(net: nn.Module, examples: Examples) -> Tensor:
+    """[K, examples, classes]; the members of an ensemble are all asked about the same images."""
+    size = len(net.members) if isinstance(net, Ensemble) else 1
+    parts = examples.images.split(max(1, IMAGES_AT_ONCE // size))
+    return torch.cat([net(part.float().repeat(size, 1, 1, 1)).unflatten(0, (size, -1)) for part in parts], dim=1)

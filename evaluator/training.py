@@ -1,24 +1,25 @@
-"""Recipes: how the original and the retrained networks are trained, and what is asked of a trained network."""
+"""Recipes: how the original and the retrained networks are trained."""
 
+import dataclasses
+import hashlib
+import io
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from evaluator.data import Data, Examples, Loader
+from evaluator.data import BOOLEAN, Allowed, Data, Examples, Loader, check, integer, number, one_of
 from evaluator.ensemble import Ensemble
-from evaluator.files import Problem
-from evaluator.metric import logit_scaled_confidence
-from evaluator.models import initialise, load_network, resnet18, save_network
+from evaluator.files import Problem, read_json, write_atomically, write_json
+from evaluator.models import initialise, load_network, plain_state, resnet18
 from evaluator.progress import progress
 
 ORIGINAL_SEED = 0
-RETAIN_CONFIDENCES = 1000  # how many retain examples' confidences are kept of a run, at most
-IMAGES_AT_ONCE = 2048  # when networks are only asked, not trained
 
 
 @dataclass(frozen=True)
@@ -39,15 +40,21 @@ class Recipe:
     @classmethod
     def of(cls, data: Data) -> "Recipe":
         """The recipe of a data folder. Raises Problem when dataset.json names an unknown field or value."""
-        try:
-            recipe = cls(**data.recipe)
-        except TypeError as error:
-            raise Problem(f"{data.folder / 'dataset.json'}: recipe: {str(error).split('() ')[-1]}") from error
-        for field, allowed in (("optimizer", ("adam", "sgd")), ("schedule", ("cosine", "one_cycle"))):
-            value = getattr(recipe, field)
-            if value not in allowed:
-                raise Problem(f"{data.folder / 'dataset.json'}: recipe: {field} is {value!r}, it must be one of {allowed}")
-        return recipe
+        allowed: dict[str, Allowed] = {
+            "width": integer(1, 1024),
+            "small_images": BOOLEAN,
+            "epochs": integer(1, 100_000),
+            "batch_size": integer(2, 65_536),
+            "optimizer": one_of("adam", "sgd"),
+            "learning_rate": number("a finite number above 0", sys.float_info.min),
+            "weight_decay": number("a finite number of at least 0", 0),
+            "schedule": one_of("cosine", "one_cycle"),
+            "class_weighted": BOOLEAN,
+            "networks_at_once": integer(1, 1024),
+        }
+        check(data.recipe, allowed, f"{data.folder / 'dataset.json'}: recipe")
+        # An integer is as good as a float, and the same recipe: 1 and 1.0 share their networks.
+        return cls(**{field: type(getattr(cls, field))(value) for field, value in data.recipe.items()})
 
     def network(self, classes: int) -> nn.Module:
         return resnet18(classes, self.width, self.small_images)
@@ -108,20 +115,58 @@ def _mean_loss(logits: Tensor, labels: Tensor, weight: Tensor | None, members: i
 
 
 def original_network(data: Data, recipe: Recipe) -> nn.Module:
-    """The network to unlearn from: `original_model.pth` of the data folder, trained into it when it is not there."""
+    """The network to unlearn from: `original_model.pth` of the data folder, trained into it when it is not there.
+
+    What was trained here has a note beside it, original_model.json. Raises Problem when the note says that it was trained
+    by another recipe or on other images; a file that came from elsewhere, as Kaggle's does, is taken as it is.
+    """
     path = data.folder / "original_model.pth"
+    if not path.exists():
+        train_original(data, recipe)
+    elif not original_is_given(data):
+        kept, now = read_json(_note(path)), _original_made_from(data, recipe)
+        changed = [name for name, value in now.items() if kept.get(name) != value]
+        if changed:
+            name = changed[0]
+            what = f"{name} was {kept.get(name)!r}, is now {now[name]!r}" if name in vars(recipe) else f"other {name}"
+            raise Problem(f"{path}: trained differently ({what}): delete it to have it trained anew, or undo the change")
     net = recipe.network(data.classes).to(data.retain.images.device)
-    if path.exists():
-        load_network(net, path)
-    else:
-        (source,) = generators([ORIGINAL_SEED], data.retain.images.device)
-        initialise(net, source)
-        with one_thread(), progress("original", recipe.epochs, "epoch") as bar:
-            for done, steps in train(net, data.train, recipe, data.class_counts, [source]):
-                if done * recipe.epochs % steps == 0:
-                    bar.update()
-        save_network(net, path)
+    load_network(net, path)
     return net.eval()
+
+
+def train_original(data: Data, recipe: Recipe) -> None:
+    """Train the network to unlearn from on the retain and forget sets together, and write it into the data folder."""
+    path = data.folder / "original_model.pth"
+    device = data.retain.images.device
+    net, (source,) = recipe.network(data.classes).to(device), generators([ORIGINAL_SEED], device)
+    initialise(net, source)
+    with one_thread(), progress("original", recipe.epochs, "epoch") as bar:
+        for done, steps in train(net, data.train, recipe, data.class_counts, [source]):
+            if done * recipe.epochs % steps == 0:
+                bar.update()
+    content = io.BytesIO()
+    torch.save(plain_state(net), content)
+    # The note comes first, and is of this very content: a file without its own note is never taken for ours.
+    digest = hashlib.sha256(content.getvalue()).hexdigest()
+    write_json(_note(path), {"sha256": digest} | _original_made_from(data, recipe))
+    write_atomically(path, lambda file: file.write(content.getvalue()))
+
+
+def original_is_given(data: Data) -> bool:
+    """Whether original_model.pth came from elsewhere, so that nobody knows how it was trained."""
+    path = data.folder / "original_model.pth"
+    return read_json(_note(path)).get("sha256") != hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _note(path: Path) -> Path:
+    return path.with_suffix(".json")
+
+
+def _original_made_from(data: Data, recipe: Recipe) -> dict:
+    settings = {name: value for name, value in dataclasses.asdict(recipe).items() if name != "networks_at_once"}
+    counts = data.class_counts.tolist() if recipe.class_weighted else []
+    return {"training images": data.train.digest, "class counts": counts} | settings
 
 
 def retrain(data: Data, recipe: Recipe, seeds: Sequence[int]) -> Ensemble:
@@ -156,33 +201,6 @@ def seconds_of_retraining(data: Data, recipe: Recipe, at_most: float = 10.0) -> 
             if worker_seconds(device) - start > at_most:
                 break
         return (worker_seconds(device) - start) * steps / done
-
-
-@torch.inference_mode()
-def answers(net: nn.Module, data: Data) -> dict[str, np.ndarray]:
-    """What a pool keeps of each network, K members first: forget_logits [K, forget, classes] and retain_confidences
-    [K, at most 1000] in float32; ra, va, ta (accuracy on retain, validation and test) [K] in float64."""
-    net.eval()
-    retain = _logits(net, data.retain)
-    kept = torch.linspace(0, len(data.retain) - 1, min(RETAIN_CONFIDENCES, len(data.retain))).round().long()
-    kept = kept.to(retain.device)
-    confidences = logit_scaled_confidence(retain[:, kept], data.retain.age_group[kept])
-    values = {"forget_logits": _logits(net, data.forget), "retain_confidences": confidences.float()}
-    held_out = _logits(net, data.held_out)
-    for name, logits, examples in (
-        ("ra", retain, data.retain),
-        ("va", _logits(net, data.validation), data.validation),
-        ("ta", held_out, data.held_out),
-    ):
-        values[name] = (logits.argmax(-1) == examples.age_group).double().mean(1)
-    return {name: value.cpu().numpy() for name, value in values.items()}
-
-
-def _logits(net: nn.Module, examples: Examples) -> Tensor:
-    """[K, examples, classes]; the members of an ensemble are all asked about the same images."""
-    size = len(net.members) if isinstance(net, Ensemble) else 1
-    parts = examples.images.split(max(1, IMAGES_AT_ONCE // size))
-    return torch.cat([net(part.float().repeat(size, 1, 1, 1)).unflatten(0, (size, -1)) for part in parts], dim=1)
 
 
 class one_thread:

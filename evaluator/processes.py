@@ -1,0 +1,111 @@
+"""Work in processes of its own: the one place where more processes, GPUs or a cluster plug in.
+
+A user's code never runs in the evaluator's process, and no process that one job has used serves another: whatever code
+does to a process (another default dtype, a patched function, `sys.exit`) ends with it. New processes are forked from a
+server that has imported torch once, where the system can do that (not on Windows), and start within 30 milliseconds.
+"""
+
+import contextlib
+import functools
+import multiprocessing
+import os
+import pickle
+import signal
+import sys
+import threading
+import types
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from itertools import islice
+
+from evaluator.files import Problem
+
+FORKSERVER = "forkserver" in multiprocessing.get_all_start_methods()
+IMPORTED_BEFORE = ["torch", "torchvision", "pandas", "PIL.Image", "tqdm"]  # by the server, once
+
+
+def in_processes(job: Callable, tasks: list, processes: int, name: Callable[[object], str]) -> Iterator:
+    """Yield job(task) of every task, as they come, from up to `processes` new processes.
+
+    job: sent to each process once, by pickling. name: of a task, for a message.
+    Raises what a job raises, and Problem when a process ends in the middle of a task. Ends the processes in any case.
+    """
+    context = multiprocessing.get_context("forkserver" if FORKSERVER else "spawn")
+    if FORKSERVER:
+        context.set_forkserver_preload(IMPORTED_BEFORE)
+    executor = ProcessPoolExecutor(max(1, min(processes, len(tasks))), context, _start, (pickle.dumps(job),))
+    ahead, doing = iter(tasks), {}
+
+    def submit(count: int) -> None:
+        with _without_main():
+            doing.update({executor.submit(_do, task): task for task in islice(ahead, count)})
+
+    try:
+        submit(processes)
+        while doing:
+            for future in wait(doing, return_when=FIRST_COMPLETED).done:
+                outcome = future.result()
+                del doing[future]
+                submit(1)
+                yield outcome
+    except BrokenProcessPool as error:
+        names = " or ".join(name(task) for task in doing.values())
+        raise Problem(f"{names}: {_last_words(executor)}; what was finished is kept") from error
+    finally:
+        for process in (executor._processes or {}).values():  # a public way comes with Python 3.14
+            process.kill()
+        executor.shutdown(cancel_futures=True)
+
+
+def in_process(job: Callable, task: object, name: str) -> object:
+    """job(task), from one new process."""
+    with contextlib.closing(in_processes(job, [task], 1, lambda _: name)) as outcomes:
+        return next(outcomes)
+
+
+def _last_words(executor: ProcessPoolExecutor) -> str:
+    processes = list((executor._processes or {}).values())
+    for process in processes:
+        process.join(5)
+    # The executor ends the others itself, with SIGTERM.
+    codes = sorted((process.exitcode or 0 for process in processes), key=lambda code: code in (0, -signal.SIGTERM))
+    code = codes[0] if codes else 0
+    if code >= 0:
+        return f"the process ended on its own, with exit code {code}"
+    memory = ", perhaps for want of memory: try fewer --jobs" if -code == getattr(signal, "SIGKILL", 9) else ""
+    return f"the process was ended by signal {-code}{memory}"
+
+
+@contextlib.contextmanager
+def _without_main() -> Iterator[None]:
+    """New processes do not import the script that was started: it has nothing they need, and it may have no guard."""
+    main, sys.modules["__main__"] = sys.modules["__main__"], types.ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
+
+
+# In the new process.
+
+
+def _start(sent: bytes) -> None:
+    global _sent
+    _sent = sent
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process of a terminal; the evaluator ends its own
+    threading.Thread(target=_end_with_the_evaluator, daemon=True).start()
+
+
+def _end_with_the_evaluator() -> None:
+    multiprocessing.parent_process().join()  # also when it was killed
+    os._exit(1)
+
+
+@functools.cache
+def _job() -> Callable:
+    return pickle.loads(_sent)
+
+
+def _do(task: object) -> object:
+    return _job()(task)
