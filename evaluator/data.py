@@ -1,14 +1,22 @@
 """The competition's layout on disk -> tensors in memory -> loaders of the competition's dict batches."""
 
+import csv
 import hashlib
+import io
+import itertools
 import json
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import os
+import re
+import reprlib
+import sys
+import textwrap
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import torch
 from PIL import Image
 from torch import Tensor
@@ -17,6 +25,51 @@ from torch.utils.data import DataLoader, Dataset
 from evaluator.files import Problem, one_line
 
 COLUMNS = ["image_id", "age_group", "age", "person_id"]
+TENSORS = ("images", "age_group", "age", "person_id")
+LARGEST_IMAGE = 1024  # pixels a side
+PIXELS = ("1", "L", "LA", "P", "RGB", "RGBA")  # modes that Pillow makes RGB; it cuts 16-bit grey off at 255
+
+# What a value may be: in words, and as a test. Files that people write are checked against tables of these.
+Allowed = tuple[str, Callable[[object], bool]]
+
+
+def integer(low: int, high: int) -> Allowed:
+    return f"an integer from {low} to {high}", lambda value: type(value) is int and low <= value <= high
+
+
+def number(words: str, low: float, high: float = sys.float_info.max) -> Allowed:
+    return words, lambda value: type(value) in (int, float) and low <= value <= high
+
+
+def one_of(*values: str) -> Allowed:
+    return "one of " + ", ".join(values), lambda value: value in values
+
+
+BOOLEAN: Allowed = ("true or false", lambda value: type(value) is bool)
+NAME: Allowed = (
+    "made of letters (a-z), digits, '.', '_' and '-', beginning with a letter or digit, at most 100 long",
+    lambda value: isinstance(value, str) and re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", value) is not None,
+)
+DATASET: dict[str, Allowed] = {
+    "name": NAME,
+    "image_size": integer(1, LARGEST_IMAGE),
+    "classes": integer(2, 100_000),
+    "recipe": ("an object", lambda value: type(value) is dict),
+}
+
+
+def check(values: Mapping[str, object], allowed: Mapping[str, Allowed], where: object) -> None:
+    """Raise a Problem that begins with `where` and names the first value that is not allowed, or not known at all."""
+    for field, value in values.items():
+        if field not in allowed:
+            raise Problem(f"{where}: {reprlib.repr(field)} is unknown; allowed: {_listed(allowed)}")
+        words, test = allowed[field]
+        if not test(value):
+            raise Problem(f"{where}: {field} is {reprlib.repr(value)}, it must be {words}")
+
+
+def _listed(names: Iterable[str]) -> str:
+    return textwrap.shorten(", ".join(map(repr, names)), 200, placeholder=" …")
 
 
 @dataclass
@@ -59,22 +112,22 @@ class Examples(Dataset):
             kind = getattr(mine, "dtype", None), getattr(mine, "device", None)
             return kind == (theirs.dtype, theirs.device) and torch.equal(mine, theirs)
 
-        names = ("images", "age_group", "age", "person_id")
-        return self.image_ids == other.image_ids and all(same(getattr(self, name), getattr(other, name)) for name in names)
+        return self.image_ids == other.image_ids and all(same(getattr(self, name), getattr(other, name)) for name in TENSORS)
 
     def clone(self) -> "Examples":
-        tensors = (getattr(self, name).clone() for name in ("images", "age_group", "age", "person_id"))
+        tensors = (getattr(self, name).clone() for name in TENSORS)
         return Examples(list(self.image_ids), *tensors)
 
     def to(self, device: torch.device | str) -> "Examples":
-        tensors = (getattr(self, name).to(device) for name in ("images", "age_group", "age", "person_id"))
+        tensors = (getattr(self, name).to(device) for name in TENSORS)
         return Examples(self.image_ids, *tensors)
 
     @cached_property
     def digest(self) -> str:
         digest = hashlib.sha256("\n".join(self.image_ids).encode())
-        for tensor in (self.images, self.age_group):
-            digest.update(tensor.cpu().numpy().tobytes())
+        for name in TENSORS:
+            tensor = getattr(self, name)
+            digest.update(str(tensor.shape).encode() + tensor.cpu().numpy().tobytes())
         return digest.hexdigest()
 
 
@@ -132,120 +185,190 @@ class Data:
 
     @cached_property
     def train(self) -> Examples:
-        """retain and forget together, sorted by image id: the same under every split."""
+        """retain and forget together, sorted by image path: the same under every split."""
         ids = self.retain.image_ids + self.forget.image_ids
         order = sorted(range(len(ids)), key=lambda row: _image_path(ids[row]))
-        tensors = (
-            torch.cat([getattr(self.retain, name), getattr(self.forget, name)])[order]
-            for name in ("images", "age_group", "age", "person_id")
-        )
+        tensors = (torch.cat([getattr(self.retain, name), getattr(self.forget, name)])[order] for name in TENSORS)
         return Examples([ids[row] for row in order], *tensors)
 
     @property
     def digest(self) -> str:
+        """Of all that a result can depend on beside the recipe."""
         parts = (self.retain, self.forget, self.validation, self.held_out)
-        return hashlib.sha256("".join(part.digest for part in parts).encode()).hexdigest()
+        content = [*(part.digest for part in parts), self.classes, self.class_counts.tolist()]
+        return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+    def to(self, device: torch.device | str) -> "Data":
+        """The same data there; what is there already is shared, not copied."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return replace(self, **{name: value.to(device) for name, value in values.items() if hasattr(value, "to")})
 
 
 def load(folder: Path | str, split: str = "public", device: torch.device | str = "cpu") -> Data:
     """Read a data folder, or the unchanged input folder of the competition (which has no splits and no dataset.json).
 
-    Raises Problem naming the file, and the row where there is one.
+    Raises Problem naming the file, and the row or field where there is one.
     """
     folder = Path(folder)
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         hint = f"; make it with: python data/prepare.py {folder.name}" if folder.name == "digits" else ""
         raise Problem(f"{folder}: no such data folder{hint}")
     described = folder / "dataset.json"
-    dataset = _read_json(described) if described.exists() else {}
-    if not dataset and not (folder / "retain.csv").exists():
+    if not os.path.lexists(described) and not os.path.exists(folder / "retain.csv"):
         raise Problem(f"{folder}: neither dataset.json nor retain.csv is there; see data/README.md for the layout")
-    counts = _read_json(folder / "age_class_weights.json")
-    classes = dataset.get("classes", len(counts))
-    split_folder = folder / split if (folder / split).is_dir() else folder
-    if not (split_folder / "retain.csv").exists():
+    dataset = _read_json(described) if os.path.lexists(described) else {}
+    check(dataset, DATASET, described)
+    name = dataset.get("name", folder.resolve().name)
+    check({"name": name}, DATASET, f"{folder}: no name in dataset.json, so the folder's is taken")
+    check({"split": split}, {"split": NAME}, folder)
+    class_counts = _read_class_counts(folder / "age_class_weights.json", dataset.get("classes"))
+
+    split_folder = folder / split if os.path.isdir(folder / split) else folder
+    if not os.path.exists(split_folder / "retain.csv"):
         splits = sorted(path.parent.name for path in folder.glob("*/retain.csv"))
-        raise Problem(f"{folder}: no split '{split}'; there are: {', '.join(splits) or 'none'}")
+        raise Problem(f"{folder}: no split '{split}'; there are: {_listed(splits) or 'none'}")
     files = {
         "retain": split_folder / "retain.csv",
         "forget": split_folder / "forget.csv",
         "validation": folder / "validation.csv",
         "test": folder / "test.csv",
     }
-    sets = {name: _read_examples(path, folder, classes) for name, path in files.items() if name != "test" or path.exists()}
-    both = set(sets["retain"].image_ids) & set(sets["forget"].image_ids)
-    if both:
-        raise Problem(f"{files['forget']}: {len(both)} images are in {files['retain'].name} too, the first is {min(both)}")
-    class_counts = torch.tensor([float(counts.get(str(label), 0)) for label in range(classes)])
+    tables = {
+        part: _read_table(path, folder / "images", len(class_counts))
+        for part, path in files.items()
+        if part != "test" or os.path.lexists(path)
+    }
+    for part, other in itertools.product(("forget", "retain"), tables):
+        both = tables[part].keys() & tables[other].keys()
+        if part != other and both:
+            first = min(tables[part][image][0] for image in both)
+            raise Problem(f"{files[part]}: {len(both)} images are in {files[other].name} too, the first is {first}")
+    size = (dataset["image_size"],) * 2 if "image_size" in dataset else None
+    sets: dict[str, Examples | None] = {"test": None}
+    for part, table in tables.items():
+        sets[part] = _read_examples(table, folder / "images", size).to(device)
+        size = sets[part].images.shape[-2:]
     return Data(
         folder=folder,
-        name=dataset.get("name", folder.name),
+        name=name,
         split=split if split_folder != folder else "kaggle",
-        classes=classes,
+        classes=len(class_counts),
         recipe=dataset.get("recipe", {}),
         class_counts=class_counts.to(device),
-        **{name: sets[name].to(device) if name in sets else None for name in files},
+        **sets,
     )
 
 
-def _read_json(path: Path) -> dict:
+def _read_text(path: Path) -> str:
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise Problem(f"{path}: not a file")
     try:
-        content = json.loads(path.read_text())
+        return path.read_text(encoding="utf-8-sig")
     except OSError as error:
         raise Problem(f"{path}: cannot be read ({error.strerror})") from error
-    except ValueError as error:
-        raise Problem(f"{path}: not valid JSON ({error})") from error
+    except UnicodeError as error:
+        raise Problem(f"{path}: not UTF-8 text ({one_line(error)})") from error
+
+
+def _read_json(path: Path) -> dict:
+    def object_of(pairs: list[tuple[str, object]]) -> dict:
+        content = {}
+        for key, value in pairs:
+            if key in content:
+                raise ValueError(f"{reprlib.repr(key)} is there twice")
+            content[key] = value
+        return content
+
+    text = _read_text(path)
+    try:
+        content = json.loads(text, object_pairs_hook=object_of)
+    except (ValueError, RecursionError) as error:
+        raise Problem(f"{path}: not valid JSON ({one_line(error)})") from error
     if not isinstance(content, dict):
         raise Problem(f"{path}: must hold a JSON object, not {type(content).__name__}")
     return content
+
+
+def _read_class_counts(path: Path, classes: int | None) -> Tensor:
+    """[classes] float32; without a number of classes, that of the labels listed."""
+    counts = _read_json(path)
+    if classes is None:
+        classes = len(counts)
+        check({"classes": classes}, DATASET, path)
+    labels = [str(label) for label in range(classes)]
+    check(counts, dict.fromkeys(labels, number("a number from 0 to 1e9", 0, 1e9)), path)
+    return torch.tensor([float(counts.get(label, 0)) for label in labels])
 
 
 def _image_path(image_id: str) -> str:
     return image_id.replace("-", "/", 1) + ".png"
 
 
-def _read_examples(path: Path, folder: Path, classes: int) -> Examples:
+def _read_table(path: Path, images: Path, classes: int) -> dict[str, list]:
+    """Each row's values as in COLUMNS, by the image file that it stands for; in the order of the image paths."""
+    whole = ("an integer of at most 18 digits", lambda value: type(value) is int)
+    allowed = {"image_id": NAME, "age_group": integer(0, classes - 1), "age": whole, "person_id": whole}
+    rows, root = {}, os.path.join(os.path.realpath(images), "")
+    reader = csv.reader(io.StringIO(_read_text(path)), strict=True)
     try:
-        table = pd.read_csv(path, dtype={"image_id": str})
-    except OSError as error:
-        raise Problem(f"{path}: cannot be read ({error.strerror})") from error
-    except ValueError as error:  # pandas' parser and encoding errors are among these
-        raise Problem(f"{path}: not a readable CSV file ({str(error).strip()})") from error
-    for column in COLUMNS:
-        if column not in table:
-            raise Problem(f"{path}: no column '{column}'; its columns are {', '.join(table.columns)}")
-    if table.empty:
+        header = next(reader, [])
+        for column in COLUMNS if header else ():
+            if header.count(column) != 1:
+                found = "more than one" if column in header else "no"
+                raise Problem(f"{path}: {found} column '{column}'; its columns are {_listed(header)}")
+        for cells in filter(None, reader):  # blank lines are nothing
+            where = f"{path}: row {reader.line_num}"
+            if len(cells) != len(header):
+                raise Problem(f"{where}: {len(cells)} fields, the first row has {len(header)}")
+            texts = dict(zip(header, cells, strict=True))
+            row = {column: texts[column] if column == "image_id" else _number(texts[column]) for column in COLUMNS}
+            check(row, allowed, where)
+            image = os.path.realpath(images / _image_path(row["image_id"]))
+            if not image.startswith(root):
+                raise Problem(f"{where}: {images / _image_path(row['image_id'])} is a link that leads out of {images}")
+            if image in rows:
+                before = rows[image][0]
+                raise Problem(f"{where}: image_id {row['image_id']!r} is listed twice, before as {before!r}")
+            rows[image] = list(row.values())
+    except csv.Error as error:
+        raise Problem(f"{path}: row {reader.line_num}: not a readable CSV file ({one_line(error)})") from error
+    if not rows:
         raise Problem(f"{path}: empty, it lists no image")
-    for column in COLUMNS[1:]:
-        numbers = pd.to_numeric(table[column], errors="coerce")
-        wrong = numbers.isna() | (numbers % 1 != 0)
-        if column == "age_group":
-            wrong |= (numbers < 0) | (numbers >= classes)
-        if wrong.any():
-            row = wrong.idxmax()
-            allowed = f"an integer from 0 to {classes - 1}" if column == "age_group" else "an integer"
-            raise Problem(f"{path}: row {row + 2}: {column} is '{table[column][row]}', it must be {allowed}")
-        table[column] = numbers.astype("int64")
-    repeated = table.image_id.isna() | table.image_id.duplicated()
-    if repeated.any():
-        row = repeated.idxmax()
-        raise Problem(f"{path}: row {row + 2}: image_id {table.image_id[row]!r} is missing or listed twice")
     # The competition uses the rows sorted by image path.
-    table = table.assign(path=table.image_id.map(_image_path)).sort_values("path")
-    images = [_read_image(folder / "images" / image) for image in table.path]
-    for image, name in zip(images, table.path, strict=True):
-        if image.shape != images[0].shape:
-            size, first = "x".join(map(str, image.shape[1:])), "x".join(map(str, images[0].shape[1:]))
-            raise Problem(f"{folder / 'images' / name}: {size} pixels, the images before it have {first}")
-    numbers = (torch.from_numpy(table[column].to_numpy().copy()) for column in COLUMNS[1:])
-    return Examples(table.image_id.tolist(), torch.stack(images), *numbers)
+    return dict(sorted(rows.items(), key=lambda item: _image_path(item[1][0])))
+
+
+def _number(text: str) -> int | str:
+    """What a CSV file's number is, or the text where it is none. Pandas writes 3.0 where a column has gaps."""
+    match = re.fullmatch(r" *(-?[0-9]{1,18})(\.0*)? *", text)
+    return int(match[1]) if match else text
+
+
+def _read_examples(table: dict[str, list], folder: Path, size: Sequence[int] | None) -> Examples:
+    """size: height and width that the images must have; None: those of the first."""
+    image_ids, *numbers = map(list, zip(*table.values(), strict=True))
+    images = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow's, of what is read all the same
+        for path in (folder / _image_path(image_id) for image_id in image_ids):
+            images.append(_read_image(path))
+            height, width = images[-1].shape[1:]
+            size = size or (height, width)
+            if (height, width) != tuple(size):
+                asked = f"it must be {size[1]}x{size[0]} like the first image or image_size in dataset.json"
+                raise Problem(f"{path}: {width}x{height} pixels, {asked}")
+    return Examples(image_ids, torch.stack(images), *map(torch.tensor, numbers))
 
 
 def _read_image(path: Path) -> Tensor:
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise Problem(f"{path}: missing image")
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=["PNG", "JPEG"]) as image:
+            if max(image.size) > LARGEST_IMAGE:
+                raise ValueError(f"{image.width}x{image.height} pixels, at most {LARGEST_IMAGE} a side are read")
+            if image.mode not in PIXELS:
+                raise ValueError(f"pixels of the kind {image.mode}, only those of 8 bits a colour are read")
             return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).contiguous()
-    except (OSError, SyntaxError, ValueError) as error:  # what Pillow raises for a damaged file
+    except Exception as error:  # Pillow raises many kinds for a damaged file
         raise Problem(f"{path}: not a readable image ({one_line(error)})") from error
