@@ -54,16 +54,50 @@ def test_the_recipe_of_a_folder(data, recipe):
 @pytest.mark.parametrize(
     "change, words",
     [
-        ({"epoch": 3}, "'epoch'"),
-        ({"optimizer": "lion"}, "optimizer is 'lion', it must be one of ('adam', 'sgd')"),
-        ({"schedule": None}, "schedule is None"),
+        ({"epoch": 3}, "'epoch' is unknown; allowed: 'width', 'small_images', 'epochs', "),
+        ({"optimizer": "lion"}, "optimizer is 'lion', it must be one of adam, sgd"),
+        ({"optimizer": ["adam"]}, "optimizer is ['adam'], it must be one of adam, sgd"),
+        ({"schedule": None}, "schedule is None, it must be one of cosine, one_cycle"),
+        ({"epochs": "3"}, "epochs is '3', it must be an integer from 1 to 100000"),
+        ({"epochs": 0}, "epochs is 0, it must be an integer from 1 to 100000"),
+        ({"epochs": 3.0}, "epochs is 3.0, it must be an integer from 1 to 100000"),
+        ({"width": -1}, "width is -1, it must be an integer from 1 to 1024"),
+        ({"width": True}, "width is True, it must be an integer from 1 to 1024"),
+        ({"networks_at_once": 0}, "networks_at_once is 0, it must be an integer from 1 to 1024"),
+        ({"networks_at_once": None}, "networks_at_once is None, it must be an integer from 1 to 1024"),
+        ({"batch_size": 1}, "batch_size is 1, it must be an integer from 2 to 65536"),
+        ({"batch_size": 10**12}, "batch_size is 1000000000000, it must be an integer from 2 to 65536"),
+        ({"small_images": 1}, "small_images is 1, it must be true or false"),
+        ({"class_weighted": "yes"}, "class_weighted is 'yes', it must be true or false"),
+        *(
+            ({"learning_rate": rate}, f"learning_rate is {rate!r}, it must be a finite number above 0")
+            for rate in (0, -0.1, None, "0.1", True, math.nan, math.inf)
+        ),
+        ({"learning_rate": 10**400}, "learning_rate is 100"),
+        *(
+            ({"weight_decay": decay}, f"weight_decay is {decay!r}, it must be a finite number of at least 0")
+            for decay in (-1e-9, None, [0], math.nan, math.inf, -math.inf)
+        ),
     ],
 )
 def test_a_wrong_recipe_is_named(data, change, words):
     with pytest.raises(Problem) as problem:
         Recipe.of(dataclasses.replace(data, recipe=data.recipe | change))
     message = str(problem.value)
-    assert message.startswith(f"{data.folder / 'dataset.json'}: recipe: ") and words in message and "\n" not in message
+    assert message.startswith(f"{data.folder / 'dataset.json'}: recipe: {words}") and "\n" not in message
+
+
+def test_the_ends_of_the_ranges(data):
+    """And an integer stands for the float: the recipe, and with it the key of its networks, is the same."""
+    for values in (
+        {"width": 1, "epochs": 1, "networks_at_once": 1},
+        {"width": 1024, "epochs": 100_000, "batch_size": 65_536},
+    ):
+        assert dataclasses.asdict(Recipe.of(dataclasses.replace(data, recipe=values))).items() >= values.items()
+    recipe = Recipe.of(dataclasses.replace(data, recipe={"learning_rate": 1, "weight_decay": 0, "batch_size": 2}))
+    assert repr(recipe) == repr(Recipe(learning_rate=1.0, weight_decay=0.0, batch_size=2))
+    for field in dataclasses.fields(Recipe):  # each can be set, to its default too
+        assert Recipe.of(dataclasses.replace(data, recipe={field.name: field.default})) == Recipe()
 
 
 # Training.
