@@ -77,7 +77,7 @@ def _join(module: nn.Module, size: int) -> nn.Module:
             size * module.num_features, module.eps, module.momentum, module.affine, module.track_running_stats
         )
         if module.track_running_stats:
-            joint.num_batches_tracked = joint.num_batches_tracked.repeat(size)  # one count a member
+            joint.num_batches_tracked = joint.num_batches_tracked.repeat(size)  # one count per member
     elif isinstance(module, nn.Linear):
         return JointLinear(module, size)
     elif next(module.parameters(recurse=False), None) is not None:
@@ -99,6 +99,9 @@ class Ensemble(nn.Module):
     gradient is scaled by `size`, so that a loss averaged over the whole batch gives each member the gradient it would get
     alone from a loss averaged over its own part.
 
+    Its modules, parameters and buffers have the names they have in `network`, in the same order; a parameter or buffer holds
+    those of all members, one after the other.
+
     members: ordinary networks that share their tensors with the ensemble.
     generators: each member's own source of randomness (None: the global one), for methods and loaders to draw from.
     Raises TypeError for a layer with parameters of another type.
@@ -108,7 +111,7 @@ class Ensemble(nn.Module):
         super().__init__()
         self.network = _join(network, size).to(next(network.parameters()).device, memory_format=torch.channels_last)
         self.generators = generators or [None] * size
-        joint = dict([*self.network.named_parameters(), *self.network.named_buffers()])
+        joint = dict([*self.named_parameters(), *self.named_buffers()])
         self.members = []
         for k in range(size):
             member = copy.deepcopy(network)
@@ -117,10 +120,26 @@ class Ensemble(nn.Module):
                 tensor.data = part.view(size, -1, *part.shape[1:])[k] if tensor.dim() else part[k]
             self.members.append(member)
 
+    # What torch.nn.Module finds by name, it finds through these two.
+    def named_modules(self, *args, **kwargs):
+        return self.network.named_modules(*args, **kwargs)
+
+    def get_submodule(self, target: str) -> nn.Module:
+        return self.network.get_submodule(target)
+
     def train(self, mode: bool = True):
         for member in getattr(self, "members", []):
             member.train(mode)
         return super().train(mode)
+
+    def torn(self) -> str | None:
+        """The name of a member's tensor that is no longer a part of the joint one: it was replaced, not edited in place."""
+        joint = dict([*self.named_parameters(), *self.named_buffers()])
+        for member in self.members:
+            for name, tensor in [*member.named_parameters(), *member.named_buffers()]:
+                if tensor.untyped_storage().data_ptr() != joint[name].untyped_storage().data_ptr():
+                    return name
+        return None
 
     def forward(self, x):
         size = len(self.members)

@@ -108,14 +108,14 @@ def test_gradients_are_each_members_own():
     ensemble.train()
     F.cross_entropy(ensemble(images), labels).backward()
     F.cross_entropy(alone(images.chunk(K)[1]), labels.chunk(K)[1]).backward()
-    joint = dict(ensemble.network.named_parameters())
+    joint = dict(ensemble.named_parameters())
     for name, parameter in alone.named_parameters():
         own = joint[name].grad.unflatten(0, (K, -1))[1]
         torch.testing.assert_close(own, parameter.grad, rtol=1e-8, atol=1e-10)
 
 
 def assert_views(ensemble: Ensemble) -> None:
-    joint = dict([*ensemble.network.named_parameters(), *ensemble.network.named_buffers()])
+    joint = dict([*ensemble.named_parameters(), *ensemble.named_buffers()])
     for k, member in enumerate(ensemble.members):
         for name, tensor in [*member.named_parameters(), *member.named_buffers()]:
             whole = joint[name]
@@ -153,11 +153,33 @@ def test_members_are_views():
         torch.testing.assert_close(ensemble(images.repeat(K, 1, 1, 1)).chunk(K)[1], other(images), rtol=1e-4, atol=1e-4)
 
 
+def test_names_are_those_of_an_ordinary_network():
+    ensemble = make(SMALL[0])
+    for member in ensemble.members:
+        for kind in ("named_modules", "named_parameters", "named_buffers"):
+            assert [name for name, _ in getattr(ensemble, kind)()] == [name for name, _ in getattr(member, kind)()]
+    name, _ = next(ensemble.named_parameters(prefix="net"))
+    assert name == "net.conv1.weight"
+    assert len(list(ensemble.parameters())) == 62
+
+
+def test_what_a_name_finds_holds_every_members_own():
+    ensemble = make(SMALL[0])
+    for name, joint in ensemble.named_parameters():
+        assert joint is ensemble.get_parameter(name)
+        for own, member in zip(joint.unflatten(0, (K, -1)), ensemble.members, strict=True):
+            assert torch.equal(own, member.get_parameter(name)), name
+    for name, joint in ensemble.named_buffers():
+        for k, member in enumerate(ensemble.members):
+            assert torch.equal(joint.view(K, -1)[k], member.get_buffer(name).view(-1)), name
+    for name, layer in ensemble.named_modules():
+        assert layer is ensemble.get_submodule(name)
+
+
 def test_an_optimizer_sees_every_member_once():
     ensemble = make(SMALL[0])
     one = sum(parameter.numel() for parameter in resnet18(10, **SMALL[0]).parameters())
     assert sum(parameter.numel() for parameter in ensemble.parameters()) == K * one
-    assert len(list(ensemble.parameters())) == 62
 
 
 def test_it_starts_as_copies_and_leaves_the_network_alone():
