@@ -29,6 +29,20 @@ class Config:
     momentum: float = 0.9
     weight_decay: float = 5e-4
 
+    def __post_init__(self):
+        for rule in (
+            "0 < temperature < 1e9",
+            "0 < imitation_epochs < 1e9",
+            "0 <= imitation_rate < 1e9",
+            "0 < epochs < 1e9",
+            "0 <= learning_rate < 1e9",
+            "cosine_steps > 0 and cosine_steps % 1 == 0",
+            "0 <= momentum < 1",
+            "0 <= weight_decay < 1e9",
+        ):
+            if not eval(rule, dict(vars(self))):
+                raise ValueError(f"Config needs {rule}: {self}")
+
 
 PRESETS = {}
 

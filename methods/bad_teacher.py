@@ -29,6 +29,17 @@ class Config:
     temperature: Annotated[float, (0.5, 4.0, "log")] = 1.0  # of the outputs compared
     batch_size: Annotated[int, (32, 256)] = 256  # retain and forget examples together
 
+    def __post_init__(self):
+        for rule in (
+            "0 < epochs < 1e9",
+            "0 < retain_part <= 1",
+            "0 <= learning_rate < 1e9",
+            "0 < temperature < 1e9",
+            "batch_size > 1 and batch_size % 1 == 0",
+        ):
+            if not eval(rule, dict(vars(self))):
+                raise ValueError(f"Config needs {rule}: {self}")
+
 
 PRESETS = {}
 

@@ -27,6 +27,18 @@ class Config:
     momentum: float = 0.9
     weight_decay: float = 5e-4  # (our choice, the starting kit's)
 
+    def __post_init__(self):
+        for rule in (
+            "blocks >= 0 and blocks % 1 == 0",
+            "0 < epochs < 1e9",
+            "0 <= learning_rate < 1e9",
+            "all(0 <= part <= 1 for part in drops)",
+            "0 <= momentum < 1",
+            "0 <= weight_decay < 1e9",
+        ):
+            if not eval(rule, dict(vars(self))):
+                raise ValueError(f"Config needs {rule}: {self}")
+
 
 PRESETS = {}
 

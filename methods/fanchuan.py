@@ -36,6 +36,23 @@ class Config:
     retain_batch: Annotated[int, [4, 1]] = 4  # times the loader's: 256 where that is 64
     momentum: float = 0.9
 
+    def __post_init__(self):
+        for rule in (
+            "0 <= uniform_rate < 1e9",
+            "0 <= reverse < 1e9",
+            "rounds >= 0 and rounds % 1 == 0",
+            "0 <= contrast_rate < 1e9",
+            "0 <= contrast_rate_at_last < 1e9",
+            "0 < temperature < 1e9",
+            "0 < epochs < 1e9",
+            "0 <= repair_rate < 1e9",
+            "0 <= repair_decay < 1e9",
+            "retain_batch > 0 and retain_batch % 1 == 0",
+            "0 <= momentum < 1",
+        ):
+            if not eval(rule, dict(vars(self))):
+                raise ValueError(f"Config needs {rule}: {self}")
+
 
 PRESETS = {}
 

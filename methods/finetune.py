@@ -19,6 +19,11 @@ class Config:
     momentum: float = 0.9
     weight_decay: float = 5e-4
 
+    def __post_init__(self):
+        for rule in ("0 < epochs < 1e9", "0 <= learning_rate < 1e9", "0 <= momentum < 1", "0 <= weight_decay < 1e9"):
+            if not eval(rule, dict(vars(self))):
+                raise ValueError(f"Config needs {rule}: {self}")
+
 
 PRESETS = {"digits": Config(epochs=1.16, learning_rate=0.145)}  # the better of two searches
 

@@ -30,6 +30,19 @@ class Config:
     momentum: float = 0.9
     weight_decay: float = 5e-4
 
+    def __post_init__(self):
+        for rule in (
+            "0 <= share <= 1",
+            "0 <= kept_gradient < 1e9",
+            "0 < epochs < 1e9",
+            "0 <= learning_rate < 1e9",
+            "len(shape) > 0 and all(0 <= factor < 1e9 for factor in shape)",
+            "0 <= momentum < 1",
+            "0 <= weight_decay < 1e9",
+        ):
+            if not eval(rule, dict(vars(self))):
+                raise ValueError(f"Config needs {rule}: {self}")
+
 
 PRESETS = {}
 

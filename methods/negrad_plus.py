@@ -26,6 +26,19 @@ class Config:
     momentum: float = 0.9
     weight_decay: float = 0.0
 
+    def __post_init__(self):
+        for rule in (
+            "0 < epochs < 1e9",
+            "0 <= learning_rate < 1e9",
+            "0 <= decay <= 1",
+            "0 <= retain_share <= 1",
+            "batch_norm in ('eval', 'train')",
+            "0 <= momentum < 1",
+            "0 <= weight_decay < 1e9",
+        ):
+            if not eval(rule, dict(vars(self))):
+                raise ValueError(f"Config needs {rule}: {self}")
+
 
 PRESETS = {}
 

@@ -34,6 +34,23 @@ class Config:
     momentum: float = 0.9
     weight_decay: float = 5e-4
 
+    def __post_init__(self):
+        for rule in (
+            "rounds > 0 and rounds % 1 == 0",
+            "forget_rounds >= 0 and forget_rounds % 1 == 0",
+            "0 < epochs < 1e9",
+            "0 < forget_epochs < 1e9",
+            "0 <= learning_rate < 1e9",
+            "all(0 <= part <= 1 for part in drops)",
+            "0 <= label_weight < 1e9",
+            "0 <= return_weight < 1e9",
+            "0 < temperature < 1e9",
+            "0 <= momentum < 1",
+            "0 <= weight_decay < 1e9",
+        ):
+            if not eval(rule, dict(vars(self))):
+                raise ValueError(f"Config needs {rule}: {self}")
+
 
 PRESETS = {}
 

@@ -34,6 +34,22 @@ class Config:
     momentum: float = 0.9
     weight_decay: float = 5e-4
 
+    def __post_init__(self):
+        for rule in (
+            "0 < epochs < 1e9",
+            "0 <= learning_rate < 1e9",
+            "forget_every > 0 and forget_every % 1 == 0",
+            "0 <= ascent < 1e9",
+            "0 <= adaptivity < 1e9",
+            "0 <= saliency < 1e9",
+            "0 < fisher_epochs < 1e9",
+            "max_norm > 0",
+            "0 <= momentum < 1",
+            "0 <= weight_decay < 1e9",
+        ):
+            if not eval(rule, dict(vars(self))):
+                raise ValueError(f"Config needs {rule}: {self}")
+
 
 PRESETS = {}
 

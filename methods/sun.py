@@ -30,6 +30,21 @@ class Config:
     momentum: float = 0.9  # starts anew in each round
     weight_decay: float = 5e-4
 
+    def __post_init__(self):
+        for rule in (
+            "rounds >= 0 and rounds % 1 == 0",
+            "tensors >= 0 and tensors % 1 == 0",
+            "noisy >= 0 and noisy % 1 == 0",
+            "0 <= noise < 1e9",
+            "0 <= learning_rate < 1e9",
+            "rounds + len(last_rates) > 0 and all(0 <= factor < 1e9 for factor in last_rates)",
+            "0 < epochs < 1e9",
+            "0 <= momentum < 1",
+            "0 <= weight_decay < 1e9",
+        ):
+            if not eval(rule, dict(vars(self))):
+                raise ValueError(f"Config needs {rule}: {self}")
+
 
 PRESETS = {}
 
