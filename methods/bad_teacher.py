@@ -1,9 +1,9 @@
 """Bad Teacher: learn the forget set's outputs from an untrained network, the retain set's from the original.
 
-From Chundawat et al. (AAAI 2023). Not scored in the competition. Our choice: every batch has retain and forget examples
-in the same proportion (published: as a shuffle of both mixes them); the part of the retain set is another one in each
-epoch; each run has an untrained network of its own, which takes its batch norm statistics from a first batch, as the
-competition's images are not normalised.
+From Chundawat et al. (AAAI 2023), https://arxiv.org/abs/2205.08096. Not scored in the competition. Our choices: every
+batch has retain and forget examples in the same proportion (published: as shuffling both together gives); each epoch
+uses another part of the retain set; each run has an untrained network of its own, which takes its batch norm statistics
+from a first batch, as the competition's images are not normalised.
 """
 
 import copy
@@ -24,7 +24,7 @@ class Config:
     """Published values; in brackets, what tuning may try (linear, or "log")."""
 
     epochs: Annotated[float, (0.3, 4.0)] = 1  # over the forget set and the part of the retain set, parts allowed
-    retain_part: Annotated[float, (0.1, 1.0)] = 0.3  # of the retain set used each epoch, drawn at random
+    retain_part: Annotated[float, (0.1, 1.0)] = 0.3  # the part of the retain set that an epoch uses, drawn at random
     learning_rate: Annotated[float, (1e-4, 3e-2, "log")] = 1e-4  # of Adam
     temperature: Annotated[float, (0.5, 4.0, "log")] = 1.0  # of the outputs compared
     batch_size: Annotated[int, (32, 256)] = 256  # retain and forget examples together

@@ -1,8 +1,9 @@
 """Make the forget set's outputs uniform, then alternate: contrast them with the retain set's, repair on the retain set.
 
-By fanchuan, 1st in the NeurIPS 2023 Unlearning Challenge. Published score: 0.0985. Kept out of the score: the authors'
-later rerun with a symmetric divergence in the first pass (reverse=0.85), 0.1068. Fewer epochs than rounds, so that each
-round repairs on a part of the retain set, are our addition.
+By fanchuan, 1st in the NeurIPS 2023 Unlearning Challenge:
+https://www.kaggle.com/competitions/neurips-2023-machine-unlearning/discussion/458721. Published private score: 0.0985;
+a later rerun, outside the ranking, with a symmetric divergence in the first pass (reverse=0.85) had 0.1068. Our
+addition: there may be fewer epochs than rounds, and each round then repairs on a part of the retain set.
 """
 
 from collections.abc import Iterator
@@ -23,18 +24,18 @@ class Config:
 
     # First: one pass over the forget set, towards uniform outputs.
     uniform_rate: Annotated[float, (1e-4, 1e-1, "log")] = 5e-3  # learning rate
-    reverse: float = 0.0  # weight of the divergence taken the other way round as well; the later rerun: 0.85
+    reverse: float = 0.0  # weight of the reverse divergence, which is added; 0.85 in the later rerun
 
-    # Then in each round: one pass over the forget set against the retain set, and a part of the epochs on the retain set.
-    rounds: Annotated[int, (1, 8)] = 8
+    # Then, in each round: one pass over the forget set against the retain set, and a part of the epochs on the retain set.
+    rounds: Annotated[int, (1, 8)] = 8  # of contrast and repair
     contrast_rate: Annotated[float, (1e-5, 1e-1, "log")] = 3e-4  # at first; falls along half a cosine, step by step
-    contrast_rate_at_last: float = 1e-6
+    contrast_rate_at_last: float = 1e-6  # what it falls to
     temperature: float = 1.15  # of the similarities between outputs
     epochs: Annotated[float, (0.2, 1.5)] = 8  # over the retain set, in all rounds together, parts allowed
-    repair_rate: Annotated[float, (1e-3, 5e-1, "log")] = 4e-3
+    repair_rate: Annotated[float, (1e-3, 5e-1, "log")] = 4e-3  # learning rate, constant
     repair_decay: float = 1e-2  # weight decay of the repair; the other two have none
-    retain_batch: Annotated[int, [4, 1]] = 4  # times the loader's: 256 where that is 64
-    momentum: float = 0.9
+    retain_batch: Annotated[int, [4, 1]] = 4  # times the loader's batch size: 256 where that is 64
+    momentum: float = 0.9  # of SGD
 
     def __post_init__(self):
         for rule in (

@@ -1,9 +1,11 @@
 """Re-initialise the convolution weights that matter least to telling retain from forget, then fine-tune mostly those.
 
-By the Kookmin University team, 2nd in the NeurIPS 2023 Unlearning Challenge. Published score: 0.0902. A weight matters by
-its gradient of the loss on random retain examples less the loss on the forget set; which examples are drawn is what makes
-runs differ. Our choices: the network is in evaluation mode for these gradients, so that batch norm's statistics stay the
-original's, and as many retain batches are drawn as there are forget batches (published: as many examples).
+By the Kookmin University team, 2nd in the NeurIPS 2023 Unlearning Challenge:
+https://www.kaggle.com/competitions/neurips-2023-machine-unlearning/discussion/459200. Published private score: 0.0902.
+How much a weight matters is the size of its gradient of the loss on random retain examples less the loss on the forget
+set; which examples are drawn is what makes runs differ. Our choices: the network is in evaluation mode for these
+gradients, so that batch norm's statistics stay the original's, and as many retain batches are drawn as there are forget
+batches (published: as many examples).
 """
 
 from collections.abc import Iterable
@@ -22,13 +24,13 @@ ENSEMBLE = True  # K networks trained as one give what each gives alone
 class Config:
     """Published values; in brackets, what tuning may try (linear, or "log")."""
 
-    share: Annotated[float, (0.05, 0.9)] = 0.3  # of each convolution's weights that is re-initialised
+    share: Annotated[float, (0.05, 0.9)] = 0.3  # the part of each convolution's weights that is re-initialised
     kept_gradient: Annotated[float, (0.01, 1.0, "log")] = 0.1  # what the other weights' gradients are multiplied by
     epochs: Annotated[float, (0.2, 1.6)] = 5  # over the retain set, parts allowed
     learning_rate: Annotated[float, (1e-3, 5e-1, "log")] = 1e-3  # the highest
     shape: tuple[float, ...] = (1 / 3, 2 / 3, 1, 2 / 3, 1 / 3)  # times the highest, in equal parts of the training
-    momentum: float = 0.9
-    weight_decay: float = 5e-4
+    momentum: float = 0.9  # of SGD
+    weight_decay: float = 5e-4  # of SGD
 
     def __post_init__(self):
         for rule in (

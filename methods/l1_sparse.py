@@ -1,7 +1,7 @@
 """L1-sparse: fine-tune on the retain set under a penalty on the weights' absolute values, which fades out.
 
-From Jia et al. (NeurIPS 2023): sparse networks forget more easily. Not scored in the competition. Our choice: the penalty
-fades with each step (published: with each epoch), and the learning rate may fall.
+From Jia et al. (NeurIPS 2023), https://arxiv.org/abs/2304.04934: sparse networks forget more easily. Not scored in the
+competition. Our choices: the penalty fades with each step (published: with each epoch), and the learning rate may fall.
 """
 
 from dataclasses import dataclass
@@ -20,11 +20,11 @@ class Config:
     """Published values; in brackets, what tuning may try (linear, or "log")."""
 
     epochs: Annotated[float, (0.2, 1.6)] = 10  # over the retain set, parts allowed
-    learning_rate: Annotated[float, (1e-3, 0.5, "log")] = 0.01
-    decay: Annotated[float, (0.0, 1.0)] = 0.0  # the part of the learning rate lost by the end (published: none)
+    learning_rate: Annotated[float, (1e-3, 0.5, "log")] = 0.01  # at first
+    decay: Annotated[float, (0.0, 1.0)] = 0.0  # the part of the learning rate that is lost by the end (published: none)
     penalty: Annotated[float, (1e-5, 1e-2, "log")] = 5e-4  # on the sum of absolute values, at first
-    momentum: float = 0.9
-    weight_decay: float = 5e-4
+    momentum: float = 0.9  # of SGD
+    weight_decay: float = 5e-4  # of SGD
 
     def __post_init__(self):
         for rule in (

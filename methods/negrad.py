@@ -1,4 +1,9 @@
-"""NegGrad: gradient ascent on the forget set. Published score: 0.0001 ± 0.0001."""
+"""NegGrad: gradient ascent on the forget set.
+
+A baseline of Golatkar et al. (CVPR 2020), https://arxiv.org/abs/1911.04933. Public score, as measured by Ahn et al.
+(https://www.kaggle.com/competitions/neurips-2023-machine-unlearning/discussion/458715) with values that were not
+published: 0.0001 ± 0.0001.
+"""
 
 from dataclasses import dataclass
 from itertools import chain, islice, repeat
@@ -12,12 +17,12 @@ ENSEMBLE = True  # K networks trained as one give what each gives alone
 
 @dataclass(frozen=True)
 class Config:
-    """Published values; in brackets, what tuning may try (linear, or "log")."""
+    """Our choice, the values of fine-tuning; in brackets, what tuning may try (linear, or "log")."""
 
     epochs: Annotated[float, (0.25, 5.0)] = 1  # over the forget set, parts allowed
-    learning_rate: Annotated[float, (1e-4, 1e-1, "log")] = 1e-3
-    momentum: float = 0.9
-    weight_decay: float = 5e-4
+    learning_rate: Annotated[float, (1e-4, 1e-1, "log")] = 1e-3  # constant
+    momentum: float = 0.9  # of SGD
+    weight_decay: float = 5e-4  # of SGD
 
     def __post_init__(self):
         for rule in ("0 < epochs < 1e9", "0 <= learning_rate < 1e9", "0 <= momentum < 1", "0 <= weight_decay < 1e9"):

@@ -1,7 +1,8 @@
 """NegGrad+: descend on the retain set and, more gently, ascend on the forget set.
 
-From Kurmanji et al. (NeurIPS 2023), who use it as a baseline of SCRUB. Not scored in the competition. Our choice:
-epochs need not be whole, and the learning rate may fall.
+From Kurmanji et al. (NeurIPS 2023), https://arxiv.org/abs/2302.09880, who use it as a baseline of SCRUB. Not scored in
+the competition. Our choices: momentum (theirs: none), no penalty on the distance from the original's weights (theirs has
+one), epochs need not be whole, and the learning rate may fall.
 """
 
 from dataclasses import dataclass
@@ -16,15 +17,15 @@ ENSEMBLE = True  # K networks trained as one give what each gives alone
 
 @dataclass(frozen=True)
 class Config:
-    """Published values; in brackets, what tuning may try (linear, or "log")."""
+    """Published values, or (our choice); in brackets, what tuning may try (linear, or "log")."""
 
     epochs: Annotated[float, (0.2, 1.2)] = 10  # over the retain set, parts allowed; each step has a forget batch too
-    learning_rate: Annotated[float, (1e-3, 0.3, "log")] = 0.01
-    decay: Annotated[float, (0.0, 1.0)] = 0.0  # the part of the learning rate lost by the end (published: none)
+    learning_rate: Annotated[float, (1e-3, 0.3, "log")] = 0.01  # at first
+    decay: Annotated[float, (0.0, 1.0)] = 0.0  # the part of the learning rate that is lost by the end (published: none)
     retain_share: Annotated[float, (0.5, 0.99)] = 0.95  # weight of the retain loss; the forget loss has the rest, negated
-    batch_norm: Annotated[str, ["eval", "train"]] = "eval"  # "eval": with the original's statistics, which stay
-    momentum: float = 0.9
-    weight_decay: float = 0.0
+    batch_norm: Annotated[str, ["eval", "train"]] = "eval"  # "eval": with the original's statistics, which stay as they are
+    momentum: float = 0.9  # of SGD (our choice)
+    weight_decay: float = 0.0  # of SGD
 
     def __post_init__(self):
         for rule in (

@@ -1,9 +1,10 @@
-"""SCRUB: in turns, leave the original's outputs on the forget set and return to them on the retain set.
+"""SCRUB: in turns, move away from the original's outputs on the forget set and return to them on the retain set.
 
-From Kurmanji et al. (NeurIPS 2023). Not scored in the competition. Each round maximises the divergence from the original
-on the forget set, in the first few rounds only, and then minimises it, and cross-entropy, on the retain set. Our choice:
-the rounds share the epochs, which need not be whole, and the learning rate drops after parts of the steps, not of the
-epochs.
+From Kurmanji et al. (NeurIPS 2023), https://arxiv.org/abs/2302.09880. Not scored in the competition. Each round maximises
+the divergence from the original on the forget set, in the first few rounds only, and then minimises it, and
+cross-entropy, on the retain set. Our choices: the rounds share the epochs, which need not be whole; the learning rate
+drops after parts of the steps, not of the epochs; the temperature is that of the implementation in
+https://github.com/xcadet/deepunlearn (the authors': 4).
 """
 
 import copy
@@ -20,19 +21,19 @@ ENSEMBLE = True  # K networks trained as one give what each gives alone
 
 @dataclass(frozen=True)
 class Config:
-    """Published values; in brackets, what tuning may try (linear, or "log")."""
+    """Published values, or (our choice); in brackets, what tuning may try (linear, or "log")."""
 
-    rounds: Annotated[int, (1, 4)] = 5  # of leaving and returning
+    rounds: Annotated[int, (1, 4)] = 5  # of moving away and returning
     forget_rounds: Annotated[int, (1, 3)] = 3  # the first of them; the others only return
     epochs: Annotated[float, (0.2, 1.2)] = 5  # over the retain set, in all rounds together, parts allowed
     forget_epochs: Annotated[float, (0.25, 2.0)] = 1  # over the forget set, in each round that has one
-    learning_rate: Annotated[float, (1e-3, 0.3, "log")] = 5e-4
+    learning_rate: Annotated[float, (1e-3, 0.3, "log")] = 5e-4  # at first
     drops: tuple[float, ...] = (0.5, 0.8, 0.9)  # the learning rate falls to a tenth after these parts of the retain steps
     label_weight: float = 1.0  # gamma: of cross-entropy on the retain set
     return_weight: float = 0.5  # alpha: of the divergence from the original on the retain set
-    temperature: float = 2.0  # of the outputs compared
-    momentum: float = 0.9
-    weight_decay: float = 5e-4
+    temperature: float = 2.0  # of the outputs that are compared (our choice; published: 4)
+    momentum: float = 0.9  # of SGD
+    weight_decay: float = 5e-4  # of SGD
 
     def __post_init__(self):
         for rule in (

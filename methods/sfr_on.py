@@ -1,10 +1,11 @@
 """SFR-on: climb on the forget set where it matters more than the retain set, and descend on the retain set in between.
 
-From Huang et al. (NeurIPS 2024): "saliency forgetting in the remain-preserving manifold online". Three parts: ascent with
-examples weighted by how well they are still known; a mask of the weights whose Fisher information on the forget set
-exceeds that on the retain set; and several fast steps of repair after each slow one of ascent, which stand in for the
-retain loss's Hessian. Not scored in the competition. Values of their code for CIFAR-10. Our choice: epochs need not be
-whole, and neither need the Fisher information be that of the whole retain set.
+From Huang et al. (NeurIPS 2024), https://arxiv.org/abs/2409.19732: "saliency forgetting in the remain-preserving manifold
+online". Three parts: ascent with examples weighted by how well they are still known; a mask of the weights whose Fisher
+information on the forget set exceeds that on the retain set; and several fast steps of repair after each slow step of
+ascent, which stand in for the Hessian of the retain loss. Not scored in the competition. The values are those of the
+authors' code for CIFAR-10. Our choices: epochs need not be whole, and the Fisher information may be that of a part of the
+retain set.
 """
 
 import math
@@ -29,10 +30,10 @@ class Config:
     ascent: Annotated[float, (0.1, 50.0, "log")] = 25.0  # alpha: weight of the forget loss; falls along the same cosine
     adaptivity: float = 0.5  # lambda: examples are weighted by 1 / loss^lambda
     saliency: float = 1.0  # gamma: least ratio of Fisher information, forget to retain, of the weights that climb
-    fisher_epochs: Annotated[float, (0.1, 0.4)] = 1.0  # the part of the retain set that the Fisher information is of
+    fisher_epochs: Annotated[float, (0.1, 0.4)] = 1.0  # over the retain set, for the Fisher information, parts allowed
     max_norm: float = 7.0  # of the ascent's gradient; longer ones are shortened
-    momentum: float = 0.9
-    weight_decay: float = 5e-4
+    momentum: float = 0.9  # of SGD
+    weight_decay: float = 5e-4  # of SGD
 
     def __post_init__(self):
         for rule in (

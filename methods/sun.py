@@ -1,8 +1,11 @@
 """Reset the last layer; train random parts of the network, after a little noise; at the end train all of it.
 
-By Sun, 7th in the NeurIPS 2023 Unlearning Challenge. The score of this method was not published. As in the published
-code, norm layers are told by "bn" in their names, so that those of the projection shortcuts are among the random parts,
-and a tensor that was trained before gets no noise. Fewer epochs than rounds are our addition.
+By Sun, 7th in the NeurIPS 2023 Unlearning Challenge:
+https://www.kaggle.com/competitions/neurips-2023-machine-unlearning/discussion/459095. Its score was not published. This
+follows the port in https://github.com/xcadet/deepunlearn (munl/unlearning/kgltop7.py). There, the first round trains
+random parts already (in the write-up: the whole network); norm layers are recognised by "bn" in their names, so that
+those of the projection shortcuts are among the random parts; and a tensor that was drawn before gets no noise. Our
+addition: there may be fewer epochs than rounds.
 """
 
 from dataclasses import dataclass
@@ -20,15 +23,15 @@ ENSEMBLE = True  # K networks trained as one give what each gives alone
 class Config:
     """Published values; in brackets, what tuning may try (linear, or "log")."""
 
-    rounds: Annotated[int, (1, 5)] = 5  # with random tensors, the first without noise; as many epochs when published
+    rounds: Annotated[int, (1, 5)] = 5  # with random tensors, the first without noise; published: an epoch each
     tensors: Annotated[int, (2, 28)] = 9  # drawn in each round; trained together with all norm layers
-    noisy: int = 6  # how many of them get noise first
+    noisy: int = 6  # how many of them get noise first, at most
     noise: Annotated[float, (0.005, 0.5, "log")] = 0.04  # its standard deviation
-    learning_rate: Annotated[float, (1e-3, 3e-1, "log")] = 2e-4
-    last_rates: tuple[float, ...] = (1, 1, 1, 5)  # times the learning rate, in the rounds at the end that train all
-    epochs: Annotated[float, (0.2, 1.6)] = 9  # over the retain set, divided equally among all rounds, parts allowed
-    momentum: float = 0.9  # starts anew in each round
-    weight_decay: float = 5e-4
+    learning_rate: Annotated[float, (1e-3, 3e-1, "log")] = 2e-4  # in the rounds with random tensors
+    last_rates: tuple[float, ...] = (1, 1, 1, 5)  # factors of the learning rate in the last rounds, which train everything
+    epochs: Annotated[float, (0.2, 1.6)] = 9  # over the retain set, in all rounds together, parts allowed
+    momentum: float = 0.9  # of SGD; starts anew in each round
+    weight_decay: float = 5e-4  # of SGD
 
     def __post_init__(self):
         for rule in (
