@@ -1,9 +1,11 @@
 """Forget some training images without looking at them: the method of Ahn, Lee, Bae, Yim and Jung, 8th of 1,188 teams in
-the NeurIPS 2023 Machine Unlearning Challenge (0.0939 ± 0.0065 and 0.0929 ± 0.0051 with their algorithms 1 and 2).
+the NeurIPS 2023 Machine Unlearning Challenge (public scores 0.0939 ± 0.0065 and 0.0929 ± 0.0051 with their algorithms 1
+and 2), from https://www.kaggle.com/competitions/neurips-2023-machine-unlearning/discussion/458715.
 
-In each forget-remember cycle a few randomly chosen layers are re-initialised, and the network is then brought back to
-the original's outputs on the retain set alone, under a little Gaussian noise. What was stored about the forget set alone
-is not brought back, and as every run breaks other layers, 512 runs give 512 different networks, as 512 retrainings would.
+In each forget-remember cycle a few randomly chosen parameter tensors are re-initialised, and the network is then brought
+back to the original's outputs on the retain set alone, under a little Gaussian noise. What was stored about the forget
+set alone does not come back. As every run breaks other tensors, 512 runs give 512 different networks, as 512 retrainings
+would.
 
 This file is the whole submission: copy it into a notebook and call `unlearning(net, retain_loader, forget_loader,
 val_loader)`. `net` may also be an ensemble, an object with K `members` trained as one (the kit's evaluator makes them).
@@ -34,21 +36,43 @@ class Config:
     choose: str = "random"  # "fisher": the tensors that matter most to the forget set, the same in every run
     unit: str = "tensor"  # "element": single weights, as many as the drawn tensors would hold on average
 
-    # Remember: how the retain set is learnt again.
-    # One entry per cycle, parts of an epoch allowed.
-    epochs: Annotated[tuple[float, ...], [(2,), (1, 1), (0.6, 0.7, 0.7), (0.5,) * 4]] = (1, 2, 2)
+    # Remember: how the retain set is learnt again. Epochs may be parts of one.
+    epochs: Annotated[tuple[float, ...], [(2,), (1, 1), (0.6, 0.7, 0.7), (0.5,) * 4]] = (1, 2, 2)  # one entry per cycle
     learning_rates: Annotated[tuple[float, ...], (5e-3, 2e-1, "log")] = (1e-3,)  # one per epoch, the last one stays
     cosine_epochs: float = 2  # epochs from the learning rate to 0 along half a cosine; 0: none
-    restart: bool = True  # the cosine starts again in each cycle (our choice: else its third epoch has rate 0)
-    every_step: bool = False  # the cosine falls with each step (our choice: with each epoch)
-    loss: Annotated[str, ["mse", "ce"]] = "mse"  # to the original's logits (knowledge preserving); "ce": to the labels
-    momentum: float = 0.9  # (our choice, the starting kit's)
-    weight_decay: float = 5e-4  # (our choice, the starting kit's)
+    restart: bool = True  # the cosine starts again in each cycle (our choice: else the third epoch has rate 0)
+    every_step: bool = False  # the cosine falls with each step; False: with each epoch (our choice)
+    loss: Annotated[str, ["mse", "ce"]] = "mse"  # "mse", "l1": to the original's logits; "ce": to the labels
+    momentum: float = 0.9  # of SGD (our choice, the starting kit's)
+    weight_decay: float = 5e-4  # of SGD (our choice, the starting kit's)
 
     # Inputs.
     noise: Annotated[float, (0.0, 0.05)] = 0.01  # standard deviation of the Gaussian noise, in units of the data's range
-    data_range: float = 255  # the competition's images are 0..255, not normalised
+    data_range: float = 255  # the competition's images are 0..255 (our choice; with 1, noise is in grey levels)
     augment: str = ""  # tried and found harmful by the authors: "flip" (vertical), "crop", "cutout"
+
+    def __post_init__(self):
+        for rule in (
+            "tensors >= 0 and tensors % 1 == 0",
+            "exclude == tuple(exclude) and '' not in exclude",
+            "norm_layers in (False, True)",
+            "choose in ('random', 'fisher')",
+            "unit in ('tensor', 'element')",
+            "unit == 'tensor' or choose == 'random'",
+            "len(epochs) > 0 and all(0 < part < 1e9 for part in epochs)",
+            "len(learning_rates) > 0 and all(0 <= rate < 1e9 for rate in learning_rates)",
+            "0 <= cosine_epochs < 1e9",
+            "restart in (False, True)",
+            "every_step in (False, True)",
+            "loss in ('mse', 'l1', 'ce')",
+            "0 <= momentum < 1",
+            "0 <= weight_decay < 1e9",
+            "0 <= noise < 1e9",
+            "0 < data_range < 1e9",
+            "augment in ('', 'flip', 'crop', 'cutout')",
+        ):
+            if not eval(rule, dict(vars(self))):
+                raise ValueError(f"Config needs {rule}: {self}")
 
 
 PRESETS = {
@@ -83,7 +107,7 @@ def unlearning(net, retain_loader, forget_loader, val_loader, config: Config = C
     for epochs in config.epochs:
         for member, generator in zip(members, generators):
             forget(member, config, generator, scores)
-        # A fresh optimizer: the momentum of what was just re-initialised means nothing any more.
+        # A fresh optimizer (our choice): the momentum of what was just re-initialised means nothing any more.
         optimizer = torch.optim.SGD(
             net.parameters(),
             lr=config.learning_rates[0],
@@ -94,6 +118,7 @@ def unlearning(net, retain_loader, forget_loader, val_loader, config: Config = C
         net.train()
         for epoch, images, target in lessons(teacher, retain_loader, epochs, config, generators):
             optimizer.param_groups[0]["lr"] = learning_rate(config, epochs_before + epoch, epoch)
+            # Means over the images and, for "mse" and "l1", over the classes (our choice).
             loss = {"mse": F.mse_loss, "l1": F.l1_loss, "ce": F.cross_entropy}[config.loss](net(images), target)
             optimizer.zero_grad()
             loss.backward()
@@ -172,7 +197,7 @@ def forget(net: nn.Module, config: Config, generator: torch.Generator | None, sc
 
 
 def initialised_like(tensor: Tensor, layer: nn.Module, name: str, generator: torch.Generator | None) -> Tensor:
-    """A new value from the distribution torchvision's ResNet initialises this parameter from."""
+    """A new value, drawn as torchvision initialises this parameter of a ResNet (our choice)."""
     fresh = tensor.new_empty(tensor.shape)  # plain layout: a channels_last one would be filled in another order
     if isinstance(layer, nn.Conv2d) and name == "weight":
         return nn.init.kaiming_normal_(fresh, mode="fan_out", nonlinearity="relu", generator=generator)

@@ -56,7 +56,7 @@ def hyperparameters_cell(method: str) -> str:
     }
     lines = ["#: hyperparameters", "hyperparameters = dict("]
     previous = config.body[0].end_lineno  # the docstring's
-    for field in config.body[1:]:
+    for field in (part for part in config.body if isinstance(part, ast.AnnAssign)):
         for line in range(previous + 1, field.lineno):
             lines.append(f"    {comments[line]}" if line in comments else "")
         beside = [comments[line] for line in range(field.lineno, field.end_lineno + 1) if line in comments]
