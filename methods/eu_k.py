@@ -50,7 +50,7 @@ def unlearning(net, retain_loader, forget_loader, val_loader, config: Config = C
     trained = last_blocks(members[0], config.blocks)
     for member, generator in zip(members, generators, strict=True):
         reset(member, trained, generator)
-    train(net, members[0], trained, retain_loader, config)
+    train(net, trained, retain_loader, config)
 
 
 def last_blocks(net: nn.Module, count: int) -> tuple[str, ...]:
@@ -75,24 +75,23 @@ def reset(net: nn.Module, chosen: tuple[str, ...], generator: torch.Generator | 
             layer.reset_parameters()  # and statistics
 
 
-def train(net: nn.Module, member: nn.Module, trained: tuple[str, ...], loader, config: Config) -> None:
-    """Cross-entropy on what is trained alone. member: one of the networks; its parameters come in the order of the net's."""
+def train(net: nn.Module, trained: tuple[str, ...], loader, config: Config) -> None:
+    """Minimise cross-entropy by changing only what is trained: a frozen batch norm keeps its statistics too."""
     device = next(net.parameters()).device
-    names = [name for name, _ in member.named_parameters()]
-    parameters = [part for name, part in zip(names, net.parameters(), strict=True) if name.startswith(trained)]
-    frozen = [part for name, part in zip(names, net.parameters(), strict=True) if not name.startswith(trained)]
-    norms = [name for name, layer in member.named_modules() if isinstance(layer, nn.BatchNorm2d)]
-    layers = [layer for layer in net.modules() if isinstance(layer, nn.BatchNorm2d)]
-
+    net.train()
+    for name, layer in net.named_modules():
+        if isinstance(layer, nn.BatchNorm2d):
+            layer.train(name.startswith(trained))
+    for name, parameter in net.named_parameters():
+        parameter.requires_grad_(name.startswith(trained))
     steps = max(1, round(config.epochs * len(loader)))
     optimizer = torch.optim.SGD(
-        parameters, lr=config.learning_rate, momentum=config.momentum, weight_decay=config.weight_decay, fused=True
+        [parameter for parameter in net.parameters() if parameter.requires_grad],
+        lr=config.learning_rate,
+        momentum=config.momentum,
+        weight_decay=config.weight_decay,
+        fused=True,
     )
-    net.train()
-    for name, layer in zip(norms, layers, strict=True):
-        layer.train(name.startswith(trained))
-    for part in frozen:
-        part.requires_grad_(False)
     for done, batch in enumerate(islice(chain.from_iterable(repeat(loader)), steps)):
         drops = sum(done >= part * steps for part in config.drops)
         optimizer.param_groups[0]["lr"] = config.learning_rate * 0.1**drops
@@ -100,6 +99,5 @@ def train(net: nn.Module, member: nn.Module, trained: tuple[str, ...], loader, c
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    for part in frozen:
-        part.requires_grad_(True)
+    net.requires_grad_(True)
     net.eval()

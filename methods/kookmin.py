@@ -8,7 +8,6 @@ gradients, so that batch norm's statistics stay the original's, and as many reta
 batches (published: as many examples).
 """
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import chain, islice, repeat
 from typing import Annotated
@@ -55,12 +54,12 @@ def unlearning(net, retain_loader, forget_loader, val_loader, config: Config = C
     generators = getattr(net, "generators", [None])  # where each draws its randomness; None: torch's global generator
     accumulate_gradients(net, retain_loader, forget_loader)
     # A parameter of K networks as one holds theirs one after the other.
-    gradients = [parameter.grad.unflatten(0, (len(members), -1)).unbind() for parameter in net.parameters()]
-    scales = [
-        damage(member, [gradient[k] for gradient in gradients], config, generator)
+    gradients = {name: parameter.grad.unflatten(0, (len(members), -1)) for name, parameter in net.named_parameters()}
+    each = [
+        damage(member, {name: gradient[k] for name, gradient in gradients.items()}, config, generator)
         for k, (member, generator) in enumerate(zip(members, generators, strict=True))
     ]
-    scales = [torch.cat(parts) for parts in zip(*scales, strict=True)]
+    scales = {name: torch.cat([scales[name] for scales in each]) for name in each[0]}
 
     steps = max(1, round(config.epochs * len(retain_loader)))
     optimizer = torch.optim.SGD(
@@ -72,7 +71,8 @@ def unlearning(net, retain_loader, forget_loader, val_loader, config: Config = C
         loss = F.cross_entropy(net(batch["image"].to(device)), batch["age_group"].to(device))
         optimizer.zero_grad()
         loss.backward()
-        scale_gradients(net.parameters(), scales)
+        for name, scale in scales.items():
+            net.get_parameter(name).grad.mul_(scale)
         optimizer.step()
     net.eval()
 
@@ -88,27 +88,23 @@ def accumulate_gradients(net: nn.Module, retain_loader, forget_loader) -> None:
 
 
 @torch.no_grad()
-def damage(net: nn.Module, gradients: list[Tensor], config: Config, generator: torch.Generator | None) -> list[Tensor]:
+def damage(
+    net: nn.Module, gradients: dict[str, Tensor], config: Config, generator: torch.Generator | None
+) -> dict[str, Tensor]:
     """Re-initialise the share of each convolution's weights with the smallest gradients, in place.
 
-    Returns what each parameter's gradients are to be multiplied by from now on.
+    Returns what each convolution's gradients are to be multiplied by from now on.
     """
-    scales = []
-    for parameter, gradient in zip(net.parameters(), gradients, strict=True):
-        scale = torch.ones_like(parameter)
-        if parameter.dim() == 4:  # a convolution
-            # A stable order: in a layer with 1x1 maps most weights only meet the padding, and all their gradients are 0.
-            smallest = gradient.abs().flatten().argsort(stable=True)[: round(config.share * gradient.numel())]
-            redrawn = torch.zeros(parameter.numel(), dtype=torch.bool, device=parameter.device)
-            redrawn = redrawn.index_fill(0, smallest, True).view(parameter.shape)
-            fresh = parameter.new_empty(parameter.shape)
-            nn.init.kaiming_normal_(fresh, mode="fan_out", nonlinearity="relu", generator=generator)
-            parameter.copy_(torch.where(redrawn, fresh, parameter))
-            scale.masked_fill_(~redrawn, config.kept_gradient)
-        scales.append(scale)
+    scales = {}
+    for name, parameter in net.named_parameters():
+        if parameter.dim() < 4:  # not a convolution
+            continue
+        # A stable order: in a layer with 1x1 maps most weights only meet the padding, and all their gradients are 0.
+        smallest = gradients[name].abs().flatten().argsort(stable=True)[: round(config.share * parameter.numel())]
+        redrawn = torch.zeros(parameter.numel(), dtype=torch.bool, device=parameter.device)
+        redrawn = redrawn.index_fill(0, smallest, True).view(parameter.shape)
+        fresh = parameter.new_empty(parameter.shape)
+        nn.init.kaiming_normal_(fresh, mode="fan_out", nonlinearity="relu", generator=generator)
+        parameter.copy_(torch.where(redrawn, fresh, parameter))
+        scales[name] = torch.ones_like(parameter).masked_fill_(~redrawn, config.kept_gradient)
     return scales
-
-
-def scale_gradients(parameters: Iterable[Tensor], scales: list[Tensor]) -> None:
-    for parameter, scale in zip(parameters, scales, strict=True):
-        parameter.grad.mul_(scale)

@@ -80,7 +80,7 @@ def wrong_labels(labels: Tensor, classes: int, generators: list) -> Tensor:
 
 
 def as_long_as(retain_loader, forget_loader, times: int):
-    """The forget set in batches of a size with which it is seen `times` while the retain set is seen once."""
+    """The forget set in batches of such a size that it is seen `times` times while the retain set is seen once."""
     size = max(1, round(times * len(forget_loader.dataset) / len(retain_loader)))
     if hasattr(forget_loader, "with_batch_size"):
         return forget_loader.with_batch_size(size)

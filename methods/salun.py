@@ -70,34 +70,31 @@ def unlearning(net, retain_loader, forget_loader, val_loader, config: Config = C
                 labels = random_labels(labels, classes, generators)
             optimizer.zero_grad()
             F.cross_entropy(net(batch["image"].to(device)), labels).backward()
-            for parameter, mask in zip(net.parameters(), masks, strict=True):
+            for name, parameter in net.named_parameters():
                 # Weight decay belongs in here, or it would move the weights that are kept.
-                parameter.grad.add_(parameter.detach(), alpha=config.weight_decay).mul_(mask)
+                parameter.grad.add_(parameter.detach(), alpha=config.weight_decay).mul_(masks[name])
             optimizer.step()
     net.eval()
 
 
-def salient(net: nn.Module, forget_loader, share: float, size: int = 1) -> list[Tensor]:
+def salient(net: nn.Module, forget_loader, share: float, size: int = 1) -> dict[str, Tensor]:
     """1 for the `share` of each network's weights with the largest gradients on the forget set, 0 for the rest.
 
     A weight without any gradient is never among them. size: how many networks are trained as one.
     """
     device = next(net.parameters()).device
-    parameters = list(net.parameters())
-    totals = [torch.zeros_like(parameter) for parameter in parameters]
     net.eval()
+    net.zero_grad()
     for batch in forget_loader:
-        loss = F.cross_entropy(net(batch["image"].to(device)), batch["age_group"].to(device))
-        for total, gradient in zip(totals, torch.autograd.grad(loss, parameters), strict=True):
-            total.add_(gradient)
-    totals = [total.abs_() for total in totals]
-    of_each = torch.cat([total.reshape(size, -1) for total in totals], dim=1)  # [networks, weights]
+        F.cross_entropy(net(batch["image"].to(device)), batch["age_group"].to(device)).backward()  # gradients add up
+    totals = {name: parameter.grad.abs() for name, parameter in net.named_parameters()}
+    of_each = torch.cat([total.reshape(size, -1) for total in totals.values()], dim=1)  # [networks, weights]
     kept = of_each.shape[1] - round(share * of_each.shape[1])
     limits = of_each.kthvalue(kept, dim=1).values if kept else of_each.new_full([size], -1.0)
-    return [
-        (total.unflatten(0, (size, -1)) > limits.view(size, *[1] * total.dim())).flatten(0, 1).to(total.dtype)
-        for total in totals
-    ]
+    return {
+        name: (total.unflatten(0, (size, -1)) > limits.view(size, *[1] * total.dim())).flatten(0, 1).to(total.dtype)
+        for name, total in totals.items()
+    }
 
 
 def random_labels(labels: Tensor, classes: int, generators: list) -> Tensor:

@@ -78,7 +78,7 @@ def unlearning(net, retain_loader, forget_loader, val_loader, config: Config = C
 
 @torch.no_grad()
 def damage(net: nn.Module, share: float, generator: torch.Generator | None) -> None:
-    """Redraw the `share` of all weights that is smallest in size, uniformly within ±1/√fan_in, in place."""
+    """Redraw the `share` of all weights with the smallest absolute values, uniformly within ±1/√fan_in, in place."""
     layers = [layer for layer in net.modules() if isinstance(layer, (nn.Conv2d, nn.Linear))]
     tensors = [tensor for layer in layers for tensor in (layer.weight, layer.bias) if tensor is not None]
     sizes = torch.cat([tensor.abs().flatten() for tensor in tensors])

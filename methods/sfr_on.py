@@ -74,8 +74,8 @@ def unlearning(net, retain_loader, forget_loader, val_loader, config: Config = C
             loss = -config.ascent * left * adaptive_loss(logits, labels, config.adaptivity, size)
             optimizer.zero_grad()
             loss.backward()
-            for parameter, mask in zip(net.parameters(), masks, strict=True):
-                parameter.grad.mul_(mask)
+            for name, parameter in net.named_parameters():
+                parameter.grad.mul_(masks[name])
             shorten(list(net.parameters()), config.max_norm, size)
             optimizer.step()
         loss = F.cross_entropy(net(retain["image"].to(device)), retain["age_group"].to(device))
@@ -92,24 +92,24 @@ def adaptive_loss(logits: Tensor, labels: Tensor, power: float, size: int = 1) -
     return (losses * weights / weights.mean(dim=1, keepdim=True)).mean()
 
 
-def salient(net: nn.Module, retain_loader, forget_loader, config: Config) -> list[Tensor]:
+def salient(net: nn.Module, retain_loader, forget_loader, config: Config) -> dict[str, Tensor]:
     """True for the weights whose Fisher information on the forget set is at least gamma times that on the retain set."""
     forget = fisher_information(net, forget_loader, 1.0)
     retain = fisher_information(net, retain_loader, config.fisher_epochs)
-    return [one + 1e-15 >= config.saliency * (other + 1e-15) for one, other in zip(forget, retain, strict=True)]
+    return {name: forget[name] + 1e-15 >= config.saliency * (retain[name] + 1e-15) for name in forget}
 
 
-def fisher_information(net: nn.Module, loader, epochs: float) -> list[Tensor]:
+def fisher_information(net: nn.Module, loader, epochs: float) -> dict[str, Tensor]:
     """Its diagonal, for each parameter, from the squared gradients of single batches."""
     device = next(net.parameters()).device
-    parameters = list(net.parameters())
     steps = max(1, round(epochs * len(loader)))
-    totals = [torch.zeros_like(parameter) for parameter in parameters]
+    totals = {name: torch.zeros_like(parameter) for name, parameter in net.named_parameters()}
     net.eval()
     for batch in islice(chain.from_iterable(repeat(loader)), steps):
-        loss = F.cross_entropy(net(batch["image"].to(device)), batch["age_group"].to(device))
-        for total, gradient in zip(totals, torch.autograd.grad(loss, parameters), strict=True):
-            total.addcmul_(gradient, gradient, value=1 / steps)
+        net.zero_grad()
+        F.cross_entropy(net(batch["image"].to(device)), batch["age_group"].to(device)).backward()
+        for name, parameter in net.named_parameters():
+            totals[name].addcmul_(parameter.grad, parameter.grad, value=1 / steps)
     return totals
 
 

@@ -69,10 +69,10 @@ def unlearning(net, retain_loader, forget_loader, val_loader, config: Config = C
                 choose(member, config, generator, before, with_noise=index > 0)
                 for member, generator, before in zip(members, generators, trained_before, strict=True)
             ]
-            masks = [
-                torch.tensor(column, device=parameter.device).repeat_interleave(len(parameter) // len(members))
-                for column, parameter in zip(zip(*chosen, strict=True), net.parameters(), strict=True)
-            ]
+            masks = {}
+            for name, parameter in net.named_parameters():  # of K networks as one: theirs one after the other
+                trained = torch.tensor([name in each for each in chosen], device=parameter.device)
+                masks[name] = trained.repeat_interleave(len(parameter) // len(members))
         train(net, islice(batches, steps), config.learning_rate * rate, masks, config)
     net.eval()
 
@@ -88,10 +88,10 @@ def reset(net: nn.Module, generator: torch.Generator | None) -> None:
 @torch.no_grad()
 def choose(
     net: nn.Module, config: Config, generator: torch.Generator | None, before: set[str], with_noise: bool
-) -> list[bool]:
-    """Which parameter tensors of one network are trained in a round; some of them get noise, in place.
+) -> set[str]:
+    """The names of one network's parameter tensors that are trained in a round; some of them get noise, in place.
 
-    before: the names of those trained in earlier rounds; this round's are added.
+    before: those drawn in earlier rounds; this round's are added.
     """
     parameters = dict(net.named_parameters())
     pool = [name for name in parameters if "bn" not in name]
@@ -104,10 +104,10 @@ def choose(
                 noise = parameter.new_empty(parameter.shape).normal_(generator=generator)
                 parameter.add_(noise, alpha=config.noise)
     before.update(drawn)
-    return [name in drawn or "bn" in name for name in parameters]
+    return {name for name in parameters if name in drawn or "bn" in name}
 
 
-def train(net: nn.Module, batches, rate: float, masks: list[Tensor] | None, config: Config) -> None:
+def train(net: nn.Module, batches, rate: float, masks: dict[str, Tensor] | None, config: Config) -> None:
     """Fine-tune; masks: for each parameter 1 for the first-axis entries to train, 0 for those to leave as they are."""
     device = next(net.parameters()).device
     optimizer = torch.optim.SGD(net.parameters(), lr=rate, momentum=config.momentum, fused=True)
@@ -116,9 +116,9 @@ def train(net: nn.Module, batches, rate: float, masks: list[Tensor] | None, conf
         optimizer.zero_grad()
         loss.backward()
         with torch.no_grad():
-            for index, parameter in enumerate(net.parameters()):
+            for name, parameter in net.named_parameters():
                 # Weight decay goes here, and not into the optimizer, so that the mask covers it too.
                 parameter.grad.add_(parameter, alpha=config.weight_decay)
                 if masks:
-                    parameter.grad.mul_(masks[index].view(-1, *[1] * (parameter.dim() - 1)))
+                    parameter.grad.mul_(masks[name].view(-1, *[1] * (parameter.dim() - 1)))
         optimizer.step()

@@ -1,10 +1,17 @@
-"""What the tests of the methods share: a few images, loaders, and a method run on one network or on K at once."""
+"""What the tests of the methods share: a few images, loaders, a method run on one network or on K at once, and what is
+asked of a network afterwards."""
 
+import contextlib
 import copy
+import importlib.util
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import ModuleType
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.data import DataLoader
 
@@ -32,6 +39,14 @@ RETAIN, FORGET, VALIDATION = examples(60, 1), examples(20, 2), examples(20, 3)
 def loaders() -> list[DataLoader]:
     """PyTorch's own, as on Kaggle."""
     return [DataLoader(part, BATCH, shuffle=True) for part in (RETAIN, FORGET, VALIDATION)]
+
+
+def load_method(path: Path) -> ModuleType:
+    """A method's file as a module, whatever folder it is in."""
+    specification = importlib.util.spec_from_file_location(f"method_{path.stem}", path)
+    module = sys.modules[specification.name] = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module
 
 
 def unlearned(method: ModuleType, original: nn.Module, seed: int = 0, **values) -> nn.Module:
@@ -70,12 +85,41 @@ def same_at_once(method: ModuleType, original: nn.Module, tolerance: float, **va
     return together
 
 
+@contextlib.contextmanager
+def before_each_step(note: Callable[[torch.optim.Optimizer], object]) -> Iterator[None]:
+    """Calls `note` with the optimizer before each step of any optimizer."""
+    handle = register_optimizer_step_pre_hook(lambda optimizer, *_: note(optimizer))
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
 def rates(method: ModuleType, original: nn.Module, **values) -> list[float]:
     """The learning rate of each step."""
     seen = []
-    handle = register_optimizer_step_pre_hook(lambda optimizer, *_: seen.append(optimizer.param_groups[0]["lr"]))
-    try:
+    with before_each_step(lambda optimizer: seen.append(optimizer.param_groups[0]["lr"])):
         unlearned(method, original, **values)
-    finally:
-        handle.remove()
     return seen
+
+
+def changed(net: nn.Module, before: nn.Module, buffers: bool = False) -> set[str]:
+    """Names of the parameters, and of the buffers if they are asked for, that are not what they were."""
+    old, new = before.state_dict(), net.state_dict()
+    names = new if buffers else dict(net.named_parameters())
+    return {name for name in names if not torch.equal(new[name], old[name])}
+
+
+@torch.no_grad()
+def logits(net: nn.Module, part: Examples) -> Tensor:
+    return net(part.images.float())
+
+
+def loss(net: nn.Module, part: Examples) -> Tensor:
+    return F.cross_entropy(net(part.images.float()), part.age_group)
+
+
+def gradients(net: nn.Module, loss: Tensor) -> dict[str, Tensor]:
+    """Of a loss, for each of the network's parameters."""
+    names, parameters = zip(*net.named_parameters(), strict=True)
+    return dict(zip(names, torch.autograd.grad(loss, parameters), strict=True))
