@@ -16,7 +16,9 @@ import time
 from pathlib import Path
 
 from evaluator.evaluation import HERE
-from evaluator.runs import Method
+from evaluator.files import Problem
+from evaluator.method import Method
+from evaluator.scoring import processor
 
 
 def memory(group: int) -> int:
@@ -57,11 +59,14 @@ def timed(what: str, *command: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=512)
-    parser.add_argument("--jobs", type=int, help="processes (default: one a core, or one on the GPU)")
+    parser.add_argument("--jobs", type=int, help="processes (default: one per core, or one on the GPU)")
     parser.add_argument("--another", type=Path, default=HERE / "methods" / "l1_sparse.py", help="the method added later")
     args = parser.parse_args()
-    Method.read(args.another)
-    print(f"{os.cpu_count()} cores, {args.runs} runs", flush=True)
+    try:
+        Method.read(args.another)
+    except Problem as problem:
+        sys.exit(f"error: {problem}")
+    print(f"{processor()}, {os.cpu_count()} cores, {args.runs} runs", flush=True)
     folder = Path(tempfile.mkdtemp())
     try:
         data = folder / "digits"

@@ -8,17 +8,15 @@ published rows are those of Ahn et al. (competition data, 512 runs); two submiss
 there. Here every row has the data set's preset of unlearning.py, tuned as a whole, with only what the row names changed.
 """
 
-import argparse
 import dataclasses
 import sys
-from pathlib import Path
 
 import pandas as pd
 
+from evaluator import command
 from evaluator.evaluation import HERE, Evaluation
-from evaluator.files import Problem
-from evaluator.report import write_csv
-from evaluator.runs import Method
+from evaluator.files import write_csv
+from evaluator.method import Method
 
 
 def rows(preset: dict) -> dict[str, tuple[float, dict]]:
@@ -81,20 +79,15 @@ def ladder(evaluation: Evaluation, method: Method) -> pd.DataFrame:
     return table
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", default="digits")
-    parser.add_argument("--split", default="public")
-    parser.add_argument("--runs", type=int, default=512)
-    parser.add_argument("--jobs", type=int, help="processes (default: one a core, or one on the GPU)")
-    parser.add_argument("--results", type=Path, default=Path("results"))
-    args = parser.parse_args()
-    try:
-        evaluation = Evaluation.of(args.data, args.split, args.runs, args.results, args.jobs)
-        table = ladder(evaluation, Method.read(HERE / "unlearning.py", evaluation.data.name))
-        write_csv(evaluation.results / "ladder.csv", table)
-    except Problem as problem:
-        sys.exit(f"error: {problem}")
+def main(arguments: list[str] | None = None) -> int:
+    args = command.parser(__doc__, "split").parse_args(arguments)
+    return command.run(lambda: show(args))
+
+
+def show(args) -> None:
+    evaluation = command.evaluation(args)
+    table = ladder(evaluation, Method.read(HERE / "unlearning.py", evaluation.data.name))
+    write_csv(evaluation.results / "ladder.csv", table)
     print(f"\n{evaluation.title}")
     formats = {"published": "{:.5g}".format, **dict.fromkeys(table.columns[2:], "{:.4f}".format)}
     formats |= dict.fromkeys([name for name in table if name.endswith("fine-tune")], "{:.2f}".format)
@@ -102,4 +95,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,16 +1,15 @@
-"""All methods, tuned alike, on both splits: prints one table, writes results/leaderboard.csv and RESULTS.md.
+"""All methods, tuned alike, on both splits: prints one table, writes leaderboard.csv and RESULTS.md under results/<data>.
 
     python -m benchmarks.leaderboard            N = 512 (make leaderboard); goes on where it was interrupted
     python -m benchmarks.leaderboard --runs 64  a first impression
+    python -m benchmarks.leaderboard --page RESULTS.md          the kit's own page (make leaderboard PAGE=RESULTS.md)
 
 Every method has the values that `make tune` found on the public split; unlearning.py is there with its presets too. The
 order is that of the private split, whose forget set no value was chosen on.
 """
 
-import argparse
 import dataclasses
 import math
-import platform
 import sys
 from pathlib import Path
 
@@ -18,10 +17,12 @@ import pandas as pd
 from matplotlib.figure import Figure
 from scipy.stats import spearmanr
 
+from evaluator import command
 from evaluator.evaluation import HERE, Evaluation
-from evaluator.files import Problem, read_json, write_atomically
-from evaluator.report import COST_LIMIT, RETRAINED, UNLEARNED, versions, write_csv
-from evaluator.runs import NO_UNLEARNING, Method
+from evaluator.files import Problem, read_json, write_atomically, write_csv
+from evaluator.method import NO_UNLEARNING, Method
+from evaluator.report import RETRAINED, UNLEARNED
+from evaluator.scoring import COST_LIMIT, processor, versions
 from evaluator.tuning import tuned_file, tuned_values
 
 SPLITS = ("public", "private")
@@ -43,19 +44,19 @@ PUBLISHED = {
 
 
 def contestants(data: str) -> list[Method]:
-    """Every method, with its tuned values; Raises Problem where one has not been tuned."""
+    """Every method, with its tuned values; raises Problem where one has not been tuned."""
     ours = HERE / "unlearning.py"
-    tuned = [Method.read(path, data, tuned_values(path, data)) for path in [ours, *sorted((HERE / "methods").glob("*.py"))]]
+    tuned = [Method.read(path, values=tuned_values(path, data)) for path in [ours, *sorted((HERE / "methods").glob("*.py"))]]
     names = {"algorithm_1": "algorithm_1", "algorithm_2": "algorithm_2", data: "unlearning_preset"}
-    present = tuned[0].module.PRESETS
-    presets = [dataclasses.replace(Method.read(ours, key), name=name) for key, name in names.items() if key in present]
+    given = [key for key in names if key in tuned[0].presets]
+    presets = [dataclasses.replace(Method.read(ours, preset=key), name=names[key]) for key in given]
     return [NO_UNLEARNING, *tuned, *presets]
 
 
 def scores(evaluation: Evaluation, methods: list[Method]) -> pd.DataFrame:
-    """One row a method and one for the ceiling, indexed by name; `quick` is the score of the first 64 runs alone."""
+    """One row per method and one for the ceiling, indexed by name; `quick` is the score of the first 64 runs alone."""
     rows = {method.name: evaluation.score(method) for method in methods}
-    rows["(ceiling, estimated)"] = evaluation.ceiling
+    rows["(ceiling, estimated)"] = evaluation.ceiling()
     table = pd.DataFrame.from_dict(rows, orient="index")
     first = range(min(QUICK, evaluation.runs))
     return table.assign(quick=pd.Series({method.name: evaluation.score_of(method, first)["score"] for method in methods}))
@@ -73,7 +74,7 @@ def leaderboard(splits: dict[str, pd.DataFrame]) -> pd.DataFrame:
             "public score": public.score,
             "of ceiling": private.score / private.score["(ceiling, estimated)"],
             "s/run": private.seconds_per_run,
-            "cost of a retraining": private.fraction_of_retraining,
+            "share of retraining cost": private.fraction_of_retraining,
             "published": pd.Series(PUBLISHED),
         }
     ).loc[private.index]
@@ -93,7 +94,7 @@ def as_text(table: pd.DataFrame) -> pd.DataFrame:
         **dict.fromkeys(("F", "RA_U/RA_R", "TA_U/TA_R", "private score", "public score", "published"), "{:.4f}".format),
         "s/run": "{:.2f}".format,
         "of ceiling": "{:.0%}".format,
-        "cost of a retraining": cost,
+        "share of retraining cost": cost,
         "rank": "{:d}".format,
     }
     return table.assign(**{name: table[name].map(form, na_action="ignore").fillna("") for name, form in forms.items()})
@@ -128,7 +129,7 @@ def draw(table: pd.DataFrame, path: Path, title: str) -> None:
     axes.barh(methods.method, methods["private score"], color=colours, label="private split")
     axes.plot(methods["public score"], methods.method, "k|", markersize=9, label="public split")
     axes.axvline(ceiling, color=RETRAINED, linestyle="--", linewidth=1, label="ceiling (private, estimated)")
-    over = methods["cost of a retraining"] > COST_LIMIT
+    over = methods["share of retraining cost"] > COST_LIMIT
     for name, value in zip(methods.method[over], methods[["private score", "public score"]].max(axis=1)[over], strict=True):
         axes.annotate("over 20% of the cost", (value, name), (6, 0), textcoords="offset points", va="center", fontsize=7)
     axes.set(title=title, xlabel="score")
@@ -151,49 +152,49 @@ def budget(data: str) -> str:
     return given.pop()
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", default="digits")
-    parser.add_argument("--runs", type=int, default=512)
-    parser.add_argument("--jobs", type=int, help="processes (default: one a core, or one on the GPU)")
-    parser.add_argument("--results", type=Path, default=Path("results"))
-    parser.add_argument("--page", type=Path, default=HERE / "RESULTS.md", help="its figure goes into docs/ beside it")
-    args = parser.parse_args()
-    try:
-        splits, sizes, minutes = {}, [], 0.0
-        for split in SPLITS:
-            evaluation = Evaluation.of(args.data, split, args.runs, args.results, args.jobs)
-            methods = contestants(evaluation.data.name)
-            splits[split] = scores(evaluation, methods)
-            sizes.append(str(len(evaluation.data.forget)))
-            pools = [evaluation.retrained, *(evaluation.unlearned(method) for method in methods)]
-            minutes += sum(pool.load(range(args.runs))["seconds"].sum().item() for pool in pools) / 60
-        scattered = scatter(evaluation, methods[1])  # unlearning, private
-        searched = budget(evaluation.data.name)
-        table = leaderboard(splits)
-        write_csv(args.results / "leaderboard.csv", table)
-        title = f"{evaluation.data.name}, {args.runs} runs"
-        picture = args.page.parent / "docs" / "leaderboard.png"
-        draw(table, picture, title)
-    except Problem as problem:
-        sys.exit(f"error: {problem}")
+def main(arguments: list[str] | None = None) -> int:
+    parser = command.parser(__doc__)
+    parser.add_argument("--page", type=Path, help="where to write it (default: <results>/<data>/RESULTS.md)")
+    args = parser.parse_args(arguments)
+    return command.run(lambda: write(args))
+
+
+def write(args) -> None:
+    splits, sizes, minutes = {}, [], 0.0
+    for split in SPLITS:
+        evaluation = command.evaluation(args, split=split)
+        data = evaluation.data.name
+        searched = budget(data)  # before any work
+        methods = contestants(data)
+        splits[split] = scores(evaluation, methods)
+        sizes.append(str(len(evaluation.data.forget)))
+        pools = [evaluation.retrained(), *(evaluation.unlearned(method) for method in methods)]
+        minutes += sum(pool.load(range(args.runs))["seconds"].sum().item() for pool in pools) / 60
+    scattered = scatter(evaluation, methods[1])  # unlearning, private
+    table = leaderboard(splits)
+    folder = evaluation.setting.results / data
+    write_csv(folder / "leaderboard.csv", table)
+    title = f"{data}, {args.runs} runs"
+    page = args.page or folder / "RESULTS.md"
+    picture = page.parent / ("docs" if args.page else "") / "leaderboard.png"
+    draw(table, picture, title)
     correlated = correlations(splits, args.runs) + scattered
     shown = as_text(table)
     text = RESULTS.format(
-        data=evaluation.data.name,
+        data=data,
         runs=args.runs,
         sizes=" and ".join(sizes),
         table=markdown(shown),
-        picture=picture.relative_to(args.page.parent),
+        picture=picture.relative_to(page.parent),
         correlations="\n".join(f"- {line}" for line in correlated),
         budget=searched,
         minutes=minutes,
-        machine=", ".join([platform.machine(), versions()["processor"], f"torch {versions()['torch']}"]),
+        machine=", ".join([processor(), versions()["processor"], f"torch {versions()['torch']}"]),
     )
-    write_atomically(args.page, lambda file: file.write(text.encode()))
+    write_atomically(page, lambda file: file.write(text.encode()))
     print(f"\n{title}\n{shown.to_string(index=False)}\n\nrank correlations")
     print("\n".join(f"  {line}" for line in correlated))
-    print(f"\n{minutes:.0f} minutes of processor time in the kept runs; {args.page} and {picture} written")
+    print(f"\n{minutes:.0f} minutes of processor time in the kept runs; {page} and {picture} written")
 
 
 RESULTS = """<!-- Generated by `make leaderboard`; edits are lost. -->
@@ -226,11 +227,11 @@ Spearman's rank correlation over the methods, and how much a score itself scatte
 ## Made by
 
     make tune           # values in methods/tuned/{data}.json; kept, so this is only needed for new methods or data
-    make leaderboard    # this page
+    make leaderboard PAGE=RESULTS.md    # this page
 
 The runs took {minutes:.0f} minutes of processor time in all ({machine}). Both commands go on where they were interrupted.
 """
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

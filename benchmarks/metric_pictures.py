@@ -16,9 +16,8 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from evaluator import metric
 from evaluator.evaluation import HERE
-from evaluator.metric import epsilons, forgetting_quality
+from evaluator.metric import best_attacks, epsilons, forgetting_quality
 from evaluator.progress import progress
 
 MEAN, SD = 4.0, 2.0  # of the retrained networks' confidences; the size of SD hardly matters
@@ -46,42 +45,18 @@ def simulate(runs: int, shift: float, ratio: float, examples: int, seed: int, ad
     return float(np.mean(earned)), float(np.std(earned) / examples**0.5)
 
 
-def best_attack(unlearned: np.ndarray, retrained: np.ndarray) -> tuple[float, float, float]:
-    """(left end, right end, epsilon) of the attack that decides the metric's epsilon."""
-    runs = len(unlearned)
-    table = metric._epsilon_table(runs).numpy().reshape(runs + 1, runs + 1)
-    retrained_higher = np.median(retrained) > np.median(unlearned)
-    sides = {"unlearned": unlearned, "retrained": retrained}
-    higher, lower = ("retrained", "unlearned") if retrained_higher else ("unlearned", "retrained")
-    low, high = min(map(np.min, sides.values())), max(map(np.max, sides.values()))
-    attacks = []
-    for threshold in np.linspace(low, high, int(np.ceil((high - low) * 100))).astype(np.float32):
-        epsilon = table[(sides[higher] >= threshold).sum(), (sides[lower] >= threshold).sum()]
-        attacks.append((epsilon, float(threshold), np.inf))
-    narrow, wide = sorted(sides, key=lambda name: np.ptp(sides[name]))
-    width = np.ptp(sides[narrow])
-    for right in np.linspace(sides[narrow].min() + width - 2, sides[narrow].max() + 2, 400):
-        left = np.linspace(right - width - 2, right - width + 2, 400)[:, None]
-        inside = [((left <= sides[name]) & (sides[name] <= right)).sum(1) for name in (narrow, wide)]
-        epsilon = table[inside[0], inside[1]]
-        best = epsilon.argmax()
-        attacks.append((epsilon[best], float(left[best, 0]), float(right)))
-    epsilon, left, right = max(attacks, key=lambda attack: attack[0])
-    expected = epsilons(torch.from_numpy(unlearned[:, None].copy()), torch.from_numpy(retrained[:, None].copy())).item()
-    assert abs(min(epsilon, 50.0) - expected) < 1e-9
-    return left, right, float(epsilon)
-
-
 def draw_example(axes: Axes, shift: float, runs: int, seed: int) -> None:
     """Histograms of one forget example's confidences, and the attack that tells the two pools apart best."""
-    unlearned, retrained = (side[:, 0].numpy() for side in pools(runs, 1, shift, 1.0, seed))
-    left, right, epsilon = best_attack(unlearned, retrained)
+    sides = pools(runs, 1, shift, 1.0, seed)
+    unlearned, retrained = (side[:, 0].numpy() for side in sides)
+    attack = best_attacks(*sides)
+    left, right, epsilon = attack.left.item(), attack.right.item(), attack.epsilon.item()
     edges = np.linspace(MEAN - 4.5 * SD, MEAN + 5.5 * SD, 56)
     for side, colour in ((retrained, RETRAINED), (unlearned, UNLEARNED)):
         axes.hist(side, edges, histtype="stepfilled", color=colour, alpha=0.2)
         axes.hist(side, edges, histtype="step", color=colour, linewidth=1.3)
     # An attack says one thing inside its interval and the other outside; grey is the one of the two that gives it away.
-    hits = np.array([((left <= side) & (side <= right)).sum() for side in (unlearned, retrained)])
+    hits = np.array([attack.unlearned_inside.item(), attack.retrained_inside.item()])
     outside = abs(np.log((runs - hits[0]) / (runs - hits[1]))) > abs(np.log(hits[0] / hits[1]))
     telling = runs - hits if outside else hits
     ends = np.clip([left, right], edges[0], edges[-1])

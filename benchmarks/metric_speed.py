@@ -10,6 +10,7 @@ import time
 import torch
 
 from evaluator.metric import epsilons
+from evaluator.scoring import processor
 
 
 def seconds(runs: int, examples: int, repeats: int) -> float:
@@ -25,6 +26,7 @@ def seconds(runs: int, examples: int, repeats: int) -> float:
 
 
 def main() -> None:
+    print(processor())
     cores = torch.get_num_threads()
     torch.set_num_threads(1)
     for runs in (64, 512):

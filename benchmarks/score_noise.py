@@ -5,37 +5,32 @@
 Groups differ in nothing but their seeds, so that what lies between them is noise, and a gain within it may be none.
 """
 
-import argparse
 import statistics
 import sys
 from pathlib import Path
 
-from evaluator.evaluation import HERE, Evaluation
-from evaluator.files import Problem
-from evaluator.runs import Method
+from evaluator import command
+from evaluator.evaluation import HERE
+from evaluator.method import Method
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(arguments: list[str] | None = None) -> int:
+    parser = command.parser(__doc__)
     default = [HERE / "methods" / "finetune.py", HERE / "unlearning.py"]
     parser.add_argument("methods", nargs="*", type=Path, default=default, metavar="METHOD")
-    parser.add_argument("--data", default="digits")
-    parser.add_argument("--runs", type=int, default=512, help="of a group")
-    parser.add_argument("--groups", type=int, default=2)
-    parser.add_argument("--jobs", type=int, help="processes (default: one a core, or one on the GPU)")
-    parser.add_argument("--results", type=Path, default=Path("results"))
-    args = parser.parse_args()
-    try:
-        for split in ("public", "private"):
-            evaluation = Evaluation.of(args.data, split, args.groups * args.runs, args.results, args.jobs)
-            for path in args.methods:
-                scores = evaluation.group_scores(Method.read(path, evaluation.data.name), args.runs)
-                each = ", ".join(f"{score:.4f}" for score in scores)
-                mean = statistics.mean(scores)
-                print(f"{split}, N = {args.runs}, {path.stem}: {each} (mean {mean:.4f})", flush=True)
-    except Problem as problem:
-        sys.exit(f"error: {problem}")
+    parser.add_argument("--groups", type=int, default=2, help="of --runs runs each (default: %(default)s)")
+    args = parser.parse_args(arguments)
+    return command.run(lambda: show(args))
+
+
+def show(args) -> None:
+    for split in ("public", "private"):
+        evaluation = command.evaluation(args, split=split, runs=args.groups * args.runs)
+        for path in args.methods:
+            scores = evaluation.group_scores(Method.read(path, evaluation.data.name), args.runs)
+            each = ", ".join(f"{score:.4f}" for score in scores)
+            print(f"{split}, N = {args.runs}, {path.stem}: {each} (mean {statistics.mean(scores):.4f})", flush=True)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

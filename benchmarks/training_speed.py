@@ -20,10 +20,14 @@ import torch
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
+import unlearning
 from evaluator.data import Loader
 from evaluator.evaluation import HERE, Evaluation
-from evaluator.runs import Method, retrained_pool, unlearned_pool
-from evaluator.training import Recipe, answers, generators, original_network, train
+from evaluator.method import Method
+from evaluator.pool import answers
+from evaluator.runs import retrained_pool, unlearned_pool
+from evaluator.scoring import processor
+from evaluator.training import Recipe, generators, original_network, train
 
 EPOCHS = 2  # of the loops; the pool's networks are trained to the end
 
@@ -53,31 +57,32 @@ def plain_loop(data, recipe: Recipe) -> None:
         pass
 
 
-def unlearning_in_a_loop(evaluation: Evaluation, method: Method, original: torch.nn.Module, runs: int) -> None:
+def unlearning_in_a_loop(evaluation: Evaluation, original: torch.nn.Module, runs: int) -> None:
     data, batch_size = evaluation.data, evaluation.recipe.batch_size
     for run in range(runs):
         torch.manual_seed(run)
         net = copy.deepcopy(original)
-        method(net, *(Loader(part, batch_size, [None]) for part in (data.retain, data.forget, data.validation)))
+        loaders = [Loader(part, batch_size) for part in (data.retain, data.forget, data.validation)]
+        unlearning.unlearning(net, *loaders, unlearning.PRESETS[data.name])
         answers(net, data)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", default="digits")
     parser.add_argument("--networks", type=int, default=128, help="of the pool (default: 128)")
     parser.add_argument("--runs", type=int, default=64, help="of unlearning (default: 64)")
-    parser.add_argument("--jobs", type=int, help="processes (default: one a core)")
+    parser.add_argument("--jobs", type=int, help="processes (default: one per core)")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        evaluation = Evaluation.of(args.data, results=Path(folder), jobs=args.jobs, device="cpu")
+        evaluation = Evaluation.of("digits", results=Path(folder), jobs=args.jobs, device="cpu")
         data, recipe, setting = evaluation.data, evaluation.recipe, evaluation.setting
         size = recipe.networks_at_once
         warm_up = dataclasses.replace(setting, results=Path(folder) / "warm_up")
         # Workers take seconds to start and to import torch, which a pool of 512 does once.
         retrained_pool(warm_up, data, recipe, size * setting.jobs)
 
-        print(f"{setting.jobs} processes, {torch.get_num_threads()} threads in a loop; images per second of retraining")
+        print(f"{processor()}: {setting.jobs} processes, {torch.get_num_threads()} threads in a loop")
+        print("images per second of retraining")
         images = EPOCHS * len(data.retain)
         base = images / seconds(lambda: starting_kits_loop(data, recipe))
         print(f"  the starting kit's loop        {base:8,.0f}", flush=True)
@@ -94,10 +99,10 @@ def main() -> None:
         alone = Path(folder) / "alone.py"  # as any user's file that does not say it can take K networks at once
         alone.write_text(method.path.read_text().replace("ENSEMBLE = True", "ENSEMBLE = False"))
         original = original_network(data, recipe)
-        loop = seconds(lambda: unlearning_in_a_loop(evaluation, method, original, args.runs))
+        loop = seconds(lambda: unlearning_in_a_loop(evaluation, original, args.runs))
         print(f"  one after the other            {loop:8.1f}", flush=True)
         for what, tried in (("processes", Method.read(alone, data.name)), ("processes, K at once", method)):
-            taken = seconds(lambda tried=tried: unlearned_pool(setting, data, recipe, tried, args.runs))
+            taken = seconds(lambda tried=tried: unlearned_pool(setting, data, recipe, original, tried, args.runs))
             print(f"  {what:<29}  {taken:8.1f}  {loop / taken:.1f} x", flush=True)
 
 

@@ -112,8 +112,17 @@ def estimated_ceiling(retrained: dict[str, Tensor], data: Data, seed: int = 0) -
 
 
 def versions() -> dict[str, str]:
-    processor = torch.backends.cpu.get_cpu_capability()
-    return {"python": platform.python_version(), "torch": torch.__version__, "processor": processor}
+    capability = torch.backends.cpu.get_cpu_capability()
+    return {"python": platform.python_version(), "torch": torch.__version__, "processor": capability}
+
+
+def processor() -> str:
+    """The model of this machine's processor, as far as the system says."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.partition(": ")[2] for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
 
 
 def _best_attacks(unlearned: Tensor, retrained: Tensor, data: Data, on_progress) -> Attacks:

@@ -165,8 +165,9 @@ def _note(path: Path) -> Path:
 
 def _original_made_from(data: Data, recipe: Recipe) -> dict:
     settings = {name: value for name, value in dataclasses.asdict(recipe).items() if name != "networks_at_once"}
+    images = hashlib.sha256(data.train.images.cpu().numpy().tobytes() + data.train.age_group.cpu().numpy().tobytes())
     counts = data.class_counts.tolist() if recipe.class_weighted else []
-    return {"training images": data.train.digest, "class counts": counts} | settings
+    return {"training images": images.hexdigest(), "class counts": counts} | settings
 
 
 def retrain(data: Data, recipe: Recipe, seeds: Sequence[int]) -> Ensemble:

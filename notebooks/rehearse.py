@@ -9,7 +9,6 @@ age_class_weights.json, no test labels); a fresh process that sees neither the k
 At the end the networks in the zip must be those that `evaluate.py notebooks/submission.ipynb` makes with the same seeds.
 """
 
-import argparse
 import functools
 import os
 import shutil
@@ -32,6 +31,7 @@ sys.path[:0] = [str(HERE.parent), str(HERE)]
 import build
 
 import evaluate
+from evaluator import command
 from evaluator.data import Data, Examples, load
 from evaluator.files import Problem, read_json, write_atomically, write_json
 from evaluator.training import Recipe, original_network
@@ -148,7 +148,7 @@ def compare(path: Path, networks: Path, runs: int) -> None:
                     raise Problem(f"run {run}: '{name}' in {path} is not what the evaluator makes with the same seed")
 
 
-def rehearse(data: str, split: str, runs: int, images: int, results: Path) -> None:
+def rehearse(data: str, split: str, runs: int, images: int, results: Path, how: list[str]) -> None:
     start = time.perf_counter()
 
     def say(text: str) -> None:
@@ -164,7 +164,7 @@ def rehearse(data: str, split: str, runs: int, images: int, results: Path) -> No
     check_zip(archive, runs)
     say(f"{archive}: {runs} float16 checkpoints, each loads into resnet18(num_classes=10)")
 
-    common = ["--data", str(folder / "data"), "--runs", str(runs), "--results", str(results)]
+    common = ["--data", str(folder / "data"), "--runs", str(runs), "--results", str(results), *how]
     scored = results / "rehearsal" / "kaggle"
     for arguments in ([str(notebook), "--keep-networks"], ["--checkpoints", str(archive)]):
         if evaluate.main([*arguments, *common]):
@@ -177,19 +177,13 @@ def rehearse(data: str, split: str, runs: int, images: int, results: Path) -> No
     say(f"networks equal in float16; score from the zip {uploaded:.4f}, directly {direct:.4f} (N = {runs}: no measure)")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", default="digits", help="a name under data/, or any folder in that layout")
-    parser.add_argument("--split", default="public", help="public or private")
-    parser.add_argument("--runs", type=int, default=8, help="networks to make (default: 8; Kaggle's 512)")
-    parser.add_argument("--images", type=int, default=240, help="images of the input folder (default: 240)")
-    parser.add_argument("--results", type=Path, default=Path("results"), help="where everything is kept")
-    args = parser.parse_args()
-    try:
-        rehearse(args.data, args.split, args.runs, args.images, args.results.resolve())
-    except Problem as problem:
-        sys.exit(f"error: {problem}")
+def main(arguments: list[str] | None = None) -> int:
+    parser = command.parser(__doc__, "split", runs=8)
+    parser.add_argument("--images", type=int, default=240, help="images of the input folder (default: %(default)s)")
+    args = parser.parse_args(arguments)
+    how = ["--device", args.device, *(["--jobs", str(args.jobs)] if args.jobs else [])]
+    return command.run(lambda: rehearse(args.data, args.split, args.runs, args.images, args.results.resolve(), how))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -7,19 +7,19 @@
 # %% [markdown]
 # # Unlearning without looking at the forget set
 #
-# A network was trained on faces; some people ask to be forgotten. Retraining without them is exact and dear. This notebook
-# makes 512 networks that should be indistinguishable from 512 retrained ones, for a fraction of the cost, with the method
-# of Ahn, Lee, Bae, Yim and Jung (8th of 1,188 teams in the NeurIPS 2023 Machine Unlearning Challenge). One run is a few
-# **forget-remember cycles**:
+# A network was trained on faces; some people ask to be forgotten. Retraining without them is exact but expensive. This
+# notebook makes 512 networks that should be indistinguishable from 512 retrained ones, for a fraction of the cost, with the
+# method of Ahn, Lee, Bae, Yim and Jung (8th of 1,188 teams in the NeurIPS 2023 Machine Unlearning Challenge). One run is a
+# few **forget-remember cycles**:
 #
 # 1. **Forget.** A few parameter tensors, drawn at random, are re-initialised: whatever they stored is gone.
 # 2. **Remember.** On the retain set alone, under a little noise, the network is brought back to the original's outputs.
 #    What it knew of the retain set returns; what it knew of the forget set alone does not.
 #
 # Every run breaks other tensors, so the 512 networks differ from one another as 512 retrained networks do. That
-# difference matters: the competition's score compares the two crowds.
+# difference matters: the competition's score compares the two sets of networks.
 #
-# **To use it:** change values in the next code cell but one, run everything. On Kaggle (accelerator **GPU T4 x2**, internet
+# **To use it:** change the values under *Hyperparameters*, run everything. On Kaggle (accelerator **GPU T4 x2**, internet
 # off) it writes `submission.zip`; beside the kit it scores the method on this machine instead.
 
 # %%
@@ -480,16 +480,19 @@ def score_here(kit: Path) -> None:
     sys.path.insert(0, str(kit))
     from IPython.display import Image, display
 
+    from evaluator import report
     from evaluator.evaluation import Evaluation
-    from evaluator.files import Problem, write_atomically
-    from evaluator.runs import Method
+    from evaluator.files import Problem, write_json
+    from evaluator.method import Method
 
     results = Path(RESULTS or kit / "results")
-    script = results / "notebook.py"
-    write_atomically(script, lambda file: file.write(code_for_workers().encode()))
+    cells = [{"cell_type": "code", "source": code_for_workers()}]
+    write_json(results / "notebook.ipynb", {"cells": cells})  # as it stands here, saved or not
     try:
         evaluation = Evaluation.of(LOCAL_DATA, runs=LOCAL_RUNS, results=results)
-        summary = evaluation.score(Method.read(script))
+        method = Method.read(results / "notebook.ipynb")
+        summary = evaluation.score(method)
+        report.draw_figures(evaluation, method)
     except Problem as problem:
         raise SystemExit(str(problem)) from None
     print(
@@ -497,7 +500,7 @@ def score_here(kit: Path) -> None:
         f"a run costs {summary['fraction_of_retraining']:.0%} of a retraining"
     )
     for figure in ("forget_confidences.png", "retain_confidences.png"):
-        display(Image(evaluation.results / "notebook" / figure, width=600))
+        display(Image(evaluation.results / method.name / figure, width=600))
 
 
 kit = next(

@@ -2,6 +2,7 @@
 
 import copy
 import importlib.util
+import shutil
 from pathlib import Path
 from types import ModuleType
 
@@ -12,7 +13,10 @@ from method_helpers import FORGET, RETAIN
 from torch import nn
 from torch.nn import functional as F
 
+from evaluator.data import load
+from evaluator.evaluation import Evaluation
 from evaluator.models import resnet18
+from evaluator.training import Recipe, original_network
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -32,10 +36,13 @@ def prepare() -> ModuleType:
 
 @pytest.fixture(scope="session")
 def small_digits(prepare, tmp_path_factory) -> Path:
-    """The first 300 digits (of three writers) and a recipe of one epoch. Copy the folder before changing it."""
+    """The first 300 digits, as if 8 people had written them, and a recipe of one epoch: two forget sets of some 30 images.
+    Copy the folder before changing it."""
     folder = tmp_path_factory.mktemp("data") / "small_digits"
     recipe = prepare.RECIPE | {"width": 4, "small_images": True, "epochs": 1, "networks_at_once": 4}
-    prepare.prepare_digits(folder, writers={"public": 0, "private": 1}, recipe=recipe, keep=300)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prepare, "WRITERS", 45)
+        prepare.prepare_digits(folder, writers={"public": 0, "private": 1}, recipe=recipe, keep=300)
     return folder
 
 
@@ -56,3 +63,27 @@ def original() -> nn.Module:
 @pytest.fixture
 def net(original) -> nn.Module:
     return copy.deepcopy(original)
+
+
+@pytest.fixture(scope="session")
+def data(small_digits) -> Path:
+    """The small digits with their original, trained once for all tests."""
+    examples = load(small_digits)
+    original_network(examples, Recipe.of(examples))
+    return small_digits
+
+
+@pytest.fixture(scope="session")
+def pools(data, tmp_path_factory) -> Path:
+    """Results with 12 retrained networks of each split. Not to be changed."""
+    folder = tmp_path_factory.mktemp("pools")
+    for split in ("public", "private"):
+        Evaluation.of(str(data), split, 12, folder, jobs=1, device="cpu").retrained()
+    return folder
+
+
+@pytest.fixture
+def results(pools, tmp_path) -> Path:
+    """A copy of them to work in."""
+    shutil.copytree(pools, tmp_path / "results")
+    return tmp_path / "results"

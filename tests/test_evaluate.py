@@ -7,7 +7,6 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -15,46 +14,15 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from evaluate_helpers import FINETUNE, METHOD, bad, command, kept, refused, run, times
 
 import evaluate
-from evaluator import runs as runs_module
 from evaluator.data import load
 from evaluator.metric import competition_score, epsilons, forgetting_quality, logit_scaled_confidence
 from evaluator.models import load_network
-from evaluator.training import Recipe, original_network
+from evaluator.training import Recipe
 
 ROOT = Path(__file__).resolve().parent.parent
-
-# One network a run, of any user's code: a little noise, so that runs differ, and half an epoch of repair.
-METHOD = """
-from dataclasses import dataclass
-import torch
-
-@dataclass(frozen=True)
-class Config:
-    noise: float = 0.02
-
-def unlearning(net, retain_loader, forget_loader, val_loader, config=Config()):
-    with torch.no_grad():
-        for parameter in net.parameters():
-            parameter += config.noise * torch.randn(parameter.shape)
-    optimizer = torch.optim.SGD(net.parameters(), 1e-3)
-    net.train()
-    for batch in retain_loader:
-        optimizer.zero_grad()
-        torch.nn.functional.cross_entropy(net(batch["image"]), batch["age_group"]).backward()
-        optimizer.step()
-    net.eval()
-"""
-FINETUNE = str(ROOT / "methods" / "finetune.py")  # K networks as one
-
-
-@pytest.fixture(scope="module")
-def data(small_digits) -> Path:
-    """The original is trained once, for all tests."""
-    examples = load(small_digits)
-    original_network(examples, Recipe.of(examples))
-    return small_digits
 
 
 @pytest.fixture(scope="module")
@@ -70,36 +38,6 @@ def undisturbed(data, method, tmp_path_factory) -> Path:
     results = tmp_path_factory.mktemp("undisturbed")
     assert run(data, results, method, FINETUNE, runs=12) == 0
     return results
-
-
-def run(data: Path, results: Path, *arguments, runs: int = 4, jobs: int = 1) -> int:
-    common = ["--data", data, "--results", results, "--runs", runs, "--jobs", jobs, "--device", "cpu"]
-    return evaluate.main([str(argument) for argument in [*arguments, *common]])
-
-
-def command(data: Path, results: Path, *arguments, runs: int = 4, jobs: int = 1) -> list[str]:
-    common = ["--data", data, "--results", results, "--runs", runs, "--jobs", jobs, "--device", "cpu"]
-    return [sys.executable, str(ROOT / "evaluate.py"), *(str(argument) for argument in [*arguments, *common])]
-
-
-def kept(results: Path) -> dict[str, dict]:
-    """Everything in the results that must not depend on anything but the inputs: all but times."""
-    found = {}
-    for path in sorted(results.rglob("run_*.npz")):
-        with np.load(path) as file:
-            values = {name: file[name].tobytes() for name in file.files if name != "seconds"}
-        found[str(path.relative_to(results))] = values
-    for path in sorted(results.rglob("summary.json")):
-        times = ("seconds_per_run", "fraction_of_retraining")
-        summary = {name: value for name, value in json.loads(path.read_text()).items() if name not in times}
-        found[str(path.relative_to(results))] = summary
-    for path in sorted(results.rglob("examples.csv")):
-        found[str(path.relative_to(results))] = {"text": path.read_text()}
-    return found
-
-
-def times(results: Path) -> dict[Path, int]:
-    return {path: path.stat().st_mtime_ns for path in results.rglob("run_*.npz")}
 
 
 # What is printed and kept
@@ -295,23 +233,6 @@ def test_ctrl_c(data, method, tmp_path):
 # What is refused: one line that names it, exit code 1, nothing finished lost
 
 
-def refused(capsys, code: int) -> str:
-    assert code == 1
-    line = capsys.readouterr().err.rstrip("\n").splitlines()[-1]
-    assert line.startswith("error: ")
-    return line
-
-
-def bad(tmp_path: Path, body: str) -> Path:
-    """A method file; the body's lines are unlearning's."""
-    path = tmp_path / "bad.py"
-    lines = "\n".join(f"    {line}" for line in body.splitlines())
-    path.write_text(
-        f"import time\nimport torch\n\ndef unlearning(net, retain_loader, forget_loader, val_loader):\n{lines}\n"
-    )
-    return path
-
-
 IN_RUN_6 = "if torch.initial_seed() == 6:\n    {}\nnet.eval()"
 
 
@@ -415,7 +336,6 @@ def test_data_that_cannot_be_used(data, method, tmp_path, capsys):
     line = refused(capsys, run(folder, tmp_path / "results", method))
     assert str(image) in line and "not a readable image" in line
     image.unlink()
-    runs_module._load.cache_clear()
     line = refused(capsys, run(folder, tmp_path / "results", method))
     assert str(image) in line and "missing image" in line
 

@@ -36,7 +36,7 @@ import evaluate
 from evaluator.checkpoints import Checkpoints
 from evaluator.data import load
 from evaluator.files import Problem, read_json
-from evaluator.runs import Method
+from evaluator.method import Method
 
 SUBMISSION, TUNING = ROOT / "notebooks" / "submission.ipynb", ROOT / "notebooks" / "tuning.ipynb"
 NAMES = ("retain", "forget", "validation")

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import math
-import typing
 from pathlib import Path
 
 import optuna
@@ -13,7 +12,7 @@ import evaluate
 from evaluator import tuning
 from evaluator.evaluation import HERE, Evaluation
 from evaluator.files import Problem, write_json
-from evaluator.runs import Method
+from evaluator.method import Method
 
 FILES = [HERE / "unlearning.py", *sorted((HERE / "methods").glob("*.py"))]
 
@@ -62,7 +61,7 @@ def trials(evaluation: Evaluation) -> list:
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_every_method_says_what_may_be_tried(path):
     read = Method.read(path)
-    space = tuning.search_space(read)
+    space = read.search_space
     assert space
     for name, allowed in space.items():
         if isinstance(allowed, tuple):
@@ -74,10 +73,7 @@ def test_every_method_says_what_may_be_tried(path):
             for name, allowed in space.items()
         }
         values = tuning.suggest(optuna.trial.FixedTrial(fixed), read)
-        config = read.module.Config(**read.config | values)
-        for name in space:
-            value, kind = getattr(config, name), typing.get_type_hints(read.module.Config)[name]
-            assert isinstance(value, typing.get_origin(kind) or kind), name
+        assert Method.read(path, values=values).config == read.config | values  # of the fields' types, and allowed
 
 
 def test_values_are_drawn_from_the_ranges():
@@ -148,8 +144,7 @@ def test_the_command_writes_what_tuned_reads(small_digits, tmp_path, monkeypatch
     write_json(kept, {"another": {"score": 1.0}})
     path = method(tmp_path).path
     common = ["--data", str(small_digits), "--runs", "4", "--jobs", "1", "--device", "cpu", "--results", str(tmp_path)]
-    monkeypatch.setattr("sys.argv", ["tuning", str(path), "--trials", "3", *common])
-    tuning.main()
+    assert tuning.main([str(path), "--trials", "3", *common]) == 0
     assert "tried: score" in capsys.readouterr().out
     written = json.loads(kept.read_text())
     assert set(written) == {"another", "tried"} and written["tried"]["trials"].startswith("3 at")
