@@ -13,6 +13,11 @@ import ast
 import sys
 from pathlib import Path
 
+from evaluator import processes
+
+if __name__ == "__main__":  # before torch is imported here, which takes as long there
+    processes.start_server()
+
 from evaluator import command, report
 from evaluator.checkpoints import Checkpoints
 from evaluator.evaluation import HERE

@@ -10,8 +10,6 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from sklearn.linear_model import LogisticRegression
-from sklearn.model_selection import StratifiedShuffleSplit, cross_val_score
 from torch import Tensor
 
 FALSE_POSITIVE_RATE = 0.01
@@ -51,6 +49,9 @@ def logistic_regression(unlearned: Tensor, retrained: Tensor) -> Tensor:
 
     Needs at least 2 networks of each kind to learn from and one to test on.
     """
+    from sklearn.linear_model import LogisticRegression  # here: every command would wait a second for it
+    from sklearn.model_selection import StratifiedShuffleSplit, cross_val_score
+
     sides = torch.cat([unlearned, retrained]).double().cpu().numpy()
     labels = np.repeat([0, 1], len(unlearned))
     folds = StratifiedShuffleSplit(SPLITS, test_size=max(2, len(labels) // 10), random_state=0)

@@ -7,9 +7,10 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
-import pandas as pd
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 class Problem(Exception):
@@ -60,7 +61,7 @@ def read_json(path: Path) -> dict:
     return content if isinstance(content, dict) else {}
 
 
-def write_csv(path: Path, table: pd.DataFrame) -> None:
+def write_csv(path: Path, table: "pd.DataFrame") -> None:
     write_atomically(path, lambda file: file.write(table.to_csv(index=False).encode()))
 
 

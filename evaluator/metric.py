@@ -88,7 +88,8 @@ def best_attacks(
     retrained = retrained.double().T.contiguous().sort().values
     found = [unlearned.new_empty(3, 0)]  # epsilon, left, right
     families = [torch.empty(0, dtype=torch.long, device=unlearned.device)]
-    for ours, theirs in zip(unlearned.split(EXAMPLES_AT_ONCE), retrained.split(EXAMPLES_AT_ONCE), strict=True):
+    parts = (side.split(EXAMPLES_AT_ONCE) if len(side) else () for side in (unlearned, retrained))
+    for ours, theirs in zip(*parts, strict=True):
         threshold, interval = _single_threshold(ours, theirs, table), _interval(ours, theirs, table)
         found.append(torch.where(interval[0] > threshold[0], interval, threshold))
         families.append((interval[0] > threshold[0]) + FAMILIES.index("threshold"))

@@ -25,15 +25,23 @@ FORKSERVER = "forkserver" in multiprocessing.get_all_start_methods()
 IMPORTED_BEFORE = ["torch", "torchvision", "pandas", "PIL.Image", "tqdm"]  # by the server, once
 
 
+def start_server() -> None:
+    """Let the server import what it does now, and not when it is first needed."""
+    if FORKSERVER:
+        from multiprocessing import forkserver
+
+        multiprocessing.get_context("forkserver").set_forkserver_preload(IMPORTED_BEFORE)
+        forkserver.ensure_running()
+
+
 def in_processes(job: Callable, tasks: list, processes: int, name: Callable[[object], str]) -> Iterator:
     """Yield job(task) of every task, as they come, from up to `processes` new processes.
 
     job: sent to each process once, by pickling. name: of a task, for a message.
     Raises what a job raises, and Problem when a process ends in the middle of a task. Ends the processes in any case.
     """
+    start_server()
     context = multiprocessing.get_context("forkserver" if FORKSERVER else "spawn")
-    if FORKSERVER:
-        context.set_forkserver_preload(IMPORTED_BEFORE)
     executor = ProcessPoolExecutor(max(1, min(processes, len(tasks))), context, _start, (pickle.dumps(job),))
     ahead, doing = iter(tasks), {}
 

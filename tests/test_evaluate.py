@@ -7,6 +7,7 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -182,36 +183,61 @@ def test_the_splits_do_not_mix(undisturbed, data, method, tmp_path):
     assert summaries[0] == json.loads((undisturbed / "small_digits" / "public" / "noisy" / "summary.json").read_text())
 
 
+# Runs evaluate.py's main for each line of arguments, in a process of its own without importing everything anew.
+LAUNCHER = """
+import json, multiprocessing.forkserver, os, sys
+import evaluate
+
+fork = multiprocessing.get_context("fork")
+multiprocessing.get_context = lambda method: fork  # workers too start without importing
+multiprocessing.forkserver.ensure_running = lambda: None
+for line in sys.stdin:
+    child = os.fork()
+    if child == 0:
+        os.setsid()  # its workers are killed with it
+        for stream in (1, 2):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
+        os._exit(evaluate.main(json.loads(line)))
+    print(child, flush=True)
+    os.waitpid(child, 0)
+"""
+
+
 def test_kill_at_any_moment(data, tmp_path):
     """kill -9, 20 times, at moments drawn at random: the finished result is that of an undisturbed evaluation."""
     slow = tmp_path / "slow.py"  # long enough for a kill to hit every stage of it
     slow.write_text(METHOD.replace("    net.eval()", "    import time; time.sleep(0.05)\n    net.eval()"))
     draw = random.Random(20)
-    folder = tmp_path / "data"
-    shutil.copytree(data, folder)  # under its own name, as results lie under the data set's
+    folder = tmp_path / "data" / data.name
+    shutil.copytree(data, folder)
     (folder / "original_model.pth").unlink()  # its training is among what is hit
     results = tmp_path / "results"
+    launcher = subprocess.Popen(
+        [sys.executable, "-c", LAUNCHER], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+
+    def running(child: int) -> bool:
+        return Path(f"/proc/{child}").exists()
+
     kills = hit = 0
     while kills < 20:
-        process = subprocess.Popen(
-            command(folder, results, slow, FINETUNE, runs=96, jobs=draw.choice([1, 2])),
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,  # its workers are killed with it
-        )
+        arguments = command(folder, results, slow, FINETUNE, runs=64, jobs=draw.choice([1, 2]))[2:]
+        print(json.dumps(arguments), file=launcher.stdin, flush=True)
+        child = int(launcher.stdout.readline())
         before, wanted = len(times(results)), draw.randint(0, 12)
         start = time.monotonic()
-        while process.poll() is None and len(times(results)) < before + wanted and time.monotonic() - start < 60:
+        while running(child) and len(times(results)) < before + wanted and time.monotonic() - start < 60:
             time.sleep(0.005)
-        time.sleep(draw.uniform(0, 0.3) if wanted else draw.uniform(0, 6))
-        assert process.poll() is None, "finished before it was killed 20 times"
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        time.sleep(draw.uniform(0, 0.3) if wanted else draw.uniform(0, 1.5))
+        assert running(child), "finished before it was killed 20 times"
+        os.killpg(child, signal.SIGKILL)
         kills += 1
         hit += len(times(results)) > before
+    launcher.stdin.close()
+    assert launcher.wait() == 0
     assert hit >= 10  # most of them while runs were being made
-    assert run(folder, results, slow, FINETUNE, runs=96) == 0
-    assert run(folder, tmp_path / "undisturbed", slow, FINETUNE, runs=96) == 0
+    assert run(folder, results, slow, FINETUNE, runs=64) == 0
+    assert run(folder, tmp_path / "undisturbed", slow, FINETUNE, runs=64) == 0
     assert kept(results) == kept(tmp_path / "undisturbed")
 
 

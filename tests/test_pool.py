@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from evaluator.files import Problem, read_json, write_atomically, write_json
-from evaluator.pool import Pool
+from evaluator.pool import FORMAT, Pool
 
 MADE_FROM = {"data": "abc", "recipe": {"epochs": 3, "width": 4}, "seed": 0, "config": {"noise": 0.1}}
 
@@ -38,7 +38,7 @@ def test_the_key_depends_on_every_value(tmp_path):
     # ... and not on the order in which they are named.
     assert Pool(tmp_path, dict(reversed(MADE_FROM.items()))).folder == Pool(tmp_path, MADE_FROM).folder
     kept = json.loads((Pool(tmp_path, MADE_FROM).folder / "made_from.json").read_text())
-    assert kept == MADE_FROM
+    assert kept == MADE_FROM | {"format": FORMAT}
 
 
 def test_runs_come_back(tmp_path):
@@ -196,7 +196,31 @@ def test_readers_see_the_old_file_until_the_new_one_is_whole(tmp_path):
     assert read_json(path) == {"value": 2}
 
 
-def test_read_json(tmp_path):
-    assert read_json(tmp_path / "nothing.json") is None
-    (tmp_path / "cut.json").write_text('{"value"')
-    assert read_json(tmp_path / "cut.json") is None
+@pytest.mark.parametrize("content", ["", '{"value"', "[1, 2]", "3", "[" * 100_000])
+def test_read_json_gives_nothing_where_there_is_something_else(tmp_path, content):
+    assert read_json(tmp_path / "nothing.json") == {}
+    (tmp_path / "other.json").write_text(content)
+    assert read_json(tmp_path / "other.json") == {}
+
+
+def test_made_from_is_written_again_where_it_was_damaged(tmp_path):
+    pool = Pool(tmp_path, MADE_FROM)
+    whole = pool.made_from.read_bytes()
+    for content in (b"", b"rubbish", b"[]"):
+        pool.made_from.write_bytes(content)
+        assert Pool(tmp_path, MADE_FROM).made_from.read_bytes() == whole
+
+
+def test_a_run_with_other_values_than_the_others_is_named(tmp_path):
+    pool = Pool(tmp_path, MADE_FROM)
+    pool.save(0, values(0))
+    for other in ({"forget_logits": np.zeros((4, 10), np.float32)}, {"ta": np.zeros(3)}, {"more": np.array(1)}):
+        pool.save(1, values(1) | other)
+        with pytest.raises(Problem, match=r"run_00001\.npz: cut off or damaged"):
+            pool.load([0, 1])
+
+
+def test_only_what_json_can_say_is_a_key(tmp_path):
+    """Text made of an object, such as its address in memory, would be another key each time, or the same for two."""
+    with pytest.raises(TypeError):
+        Pool(tmp_path, MADE_FROM | {"config": {"noise": object()}})

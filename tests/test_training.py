@@ -12,13 +12,14 @@ from torch import nn
 from torch.nn import functional as F
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from evaluator import training
+from evaluator import pool, training
 from evaluator.data import Data, Loader, load
 from evaluator.ensemble import Ensemble
 from evaluator.files import Problem
 from evaluator.metric import logit_scaled_confidence
 from evaluator.models import resnet18
-from evaluator.training import Recipe, answers, generators, original_network, retrain, seconds_of_retraining, train
+from evaluator.pool import answers
+from evaluator.training import Recipe, generators, original_network, retrain, seconds_of_retraining, train
 
 
 @pytest.fixture(scope="module")
@@ -224,6 +225,9 @@ def test_the_original_is_trained_once(small_digits, tmp_path):
     # It is the same for every split: trained on retain and forget together.
     (folder / "original_model.pth").unlink()
     assert same(trained, original_network(load(folder, "private"), recipe).state_dict())
+    with pytest.raises(Problem, match=r"trained differently \(width was 4, is now 8\)"):
+        original_network(data, dataclasses.replace(recipe, width=8))
+    (folder / "original_model.json").unlink()  # from now on it is one that came from elsewhere
     with pytest.raises(Problem, match=r"'conv1\.weight' has shape"):
         original_network(data, dataclasses.replace(recipe, width=8))
 
@@ -278,8 +282,8 @@ def test_answers_of_an_ensemble_and_of_one_network(data, recipe):
 def test_answers_in_parts(data, recipe, monkeypatch):
     ensemble = retrain(data, recipe, [0, 1, 2])
     whole = answers(ensemble, data)
-    monkeypatch.setattr(training, "IMAGES_AT_ONCE", 40)
-    monkeypatch.setattr(training, "RETAIN_CONFIDENCES", 11)
+    monkeypatch.setattr(pool, "IMAGES_AT_ONCE", 40)
+    monkeypatch.setattr(pool, "RETAIN_CONFIDENCES", 11)
     parts = answers(ensemble, data)
     np.testing.assert_allclose(parts["forget_logits"], whole["forget_logits"], rtol=0, atol=1e-3)
     assert parts["retain_confidences"].shape == (3, 11)

@@ -41,8 +41,8 @@ def unlearning(net, retain_loader, forget_loader, val_loader, config=Config()):
 
 
 @pytest.fixture
-def evaluation(small_digits, tmp_path) -> Evaluation:
-    return Evaluation.of(str(small_digits), runs=4, results=tmp_path / "results", jobs=1, device="cpu")
+def evaluation(data, results) -> Evaluation:
+    return Evaluation.of(str(data), runs=4, results=results, jobs=1, device="cpu")
 
 
 def method(tmp_path: Path, busy: str = "[0.0]", first: float = 0.0, power: str = "[1.0]") -> Method:
