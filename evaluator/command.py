@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from evaluator.evaluation import Evaluation
-from evaluator.files import Problem
+from evaluator.files import Problem, one_line
 
 OPTIONS = {
     "data": dict(default="digits", help="a name under data/, or any folder in that layout (default: digits)"),
@@ -52,6 +52,10 @@ def run(command: Callable[[], None]) -> int:
         return 0
     except Problem as problem:
         print(f"error: {problem}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"error: {where}{error.strerror or one_line(error)}; what was finished is kept", file=sys.stderr)
         return 1
     except (KeyboardInterrupt, _Stopped) as stop:
         number = stop.args[0] if isinstance(stop, _Stopped) else signal.SIGINT

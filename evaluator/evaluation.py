@@ -118,7 +118,8 @@ class Evaluation:
 
     def unlearned(self, method: Method | Checkpoints) -> Pool:
         """Its runs; those that are missing are made."""
-        original = self.original()
+        original = self.original()  # what makes all methods fail is found first,
+        self.retrained()  # and then what takes longest
         with self.alone(), stage(f"{self.runs} runs of {method.name}"):
             return unlearned_pool(self.setting, self.data, self.recipe, original, method, self.runs)
 
@@ -153,8 +154,8 @@ class Evaluation:
         """The summary of a method. Makes the runs that are missing, and works out summary.json and examples.csv anew where
         they are not of these very runs and of the present scoring code; figures of an earlier summary are removed."""
         with self.alone():
-            self.original()  # what makes all methods fail is found first
-            retrained, unlearned = self.retrained(), self.unlearned(method)
+            unlearned = self.unlearned(method)
+            retrained = self.retrained()
             made_of = {
                 "runs": self.runs,
                 "unlearned": unlearned.folder.name,
@@ -169,7 +170,8 @@ class Evaluation:
             share = None
             if method.timed:
                 share = unlearned.number(f"cost_{self.setting.device}", lambda: self.cost(method))
-            scores, table = scoring.score(*self.pools(method), self.data, self.attacks)
+            pools = unlearned.load(range(self.runs)), retrained.load(range(self.runs))
+            scores, table = scoring.score(*pools, self.data, self.attacks)
             summary = {
                 "method": method.name,
                 "path": str(method.path),

@@ -74,8 +74,7 @@ def in_process(job: Callable, task: object, name: str) -> object:
 
 def _last_words(executor: ProcessPoolExecutor) -> str:
     processes = list((executor._processes or {}).values())
-    for process in processes:
-        process.join(5)
+    executor.shutdown()  # it asks them for their exit codes, which are told once
     # The executor ends the others itself, with SIGTERM.
     codes = sorted((process.exitcode or 0 for process in processes), key=lambda code: code in (0, -signal.SIGTERM))
     code = codes[0] if codes else 0

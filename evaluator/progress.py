@@ -1,8 +1,11 @@
 """Progress with the remaining time: a bar on a terminal, plain lines elsewhere."""
 
 import sys
+import threading
 
 from tqdm import tqdm
+
+tqdm.set_lock(threading.RLock())  # its own is shared by processes, and one that ends early would leave it behind
 
 SECONDS_BETWEEN_LINES = 10
 

@@ -12,6 +12,7 @@ from torch import nn
 
 from evaluator.checkpoints import Checkpoints
 from evaluator.data import Data
+from evaluator.files import Problem, one_line
 from evaluator.method import NO_UNLEARNING, Diverged, Method, run_names
 from evaluator.models import network_digest, save_network
 from evaluator.pool import Pool, answers
@@ -68,8 +69,9 @@ def cost(
     of the retraining `at_most` seconds: a machine's speed changes from minute to minute, the ratio does not."""
     if method is NO_UNLEARNING:
         return 0.0
-    work = _Cost(setting, data, recipe, original, method, at_most)
-    return in_process(work, repeats, f"{method.path}: a run alone")
+    alone = _Alone(setting, data, recipe, original, method)
+    seconds = in_process(alone, repeats, f"{method.path}: a run alone")
+    return seconds / seconds_of_retraining(data.to(setting.device), recipe, at_most)
 
 
 def _made_from(kind: str, data: Data, recipe: Recipe) -> dict:
@@ -110,17 +112,24 @@ class _Unlearning(_Work):
         with one_thread():
             original = self.original.to(self.setting.device)
             net, seconds = self.method.networks(original, task, self.here, self.recipe, self.setting.time_limit)
-            return _keep(self.setting, self.pool, task, net, seconds, self.here)
+            try:
+                return _keep(self.setting, self.pool, task, net, seconds, self.here)
+            except Problem:
+                raise
+            except Exception as error:
+                who = f"{self.method.path}: {run_names(task)}"
+                raise Problem(f"{who}: asking its network failed; does it change torch? ({one_line(error)})") from error
 
 
 @dataclass(frozen=True)
-class _Cost:
+class _Alone:
+    """The median seconds of a few runs of a method, one network alone."""
+
     setting: Setting
     data: Data
     recipe: Recipe
     original: nn.Module
     method: Method
-    at_most: float
 
     def __call__(self, repeats: int) -> float:
         data, original = self.data.to(self.setting.device), self.original.to(self.setting.device)
@@ -131,7 +140,7 @@ class _Cost:
                 seconds.append(self.method.networks(original, [run], data, alone, self.setting.time_limit)[1])
                 if seconds[0] > 10:
                     break
-            return float(np.median(seconds)) / seconds_of_retraining(data, self.recipe, self.at_most)
+        return float(np.median(seconds))
 
 
 def _work_through(work: _Work, runs: int, size: int, what: str) -> None:

@@ -1,6 +1,8 @@
 """The ladder and the leaderboard with few runs; what they write is what was scored."""
 
 import json
+from pathlib import Path
+from typing import NamedTuple
 
 import pandas as pd
 import pytest
@@ -12,12 +14,14 @@ from evaluator.files import Problem, write_json
 from evaluator.method import NO_UNLEARNING, Method
 
 
-def test_every_row_of_the_ladder(small_digits, tmp_path):
-    evaluation = Evaluation.of(str(small_digits), runs=4, results=tmp_path, jobs=1, device="cpu")
+def test_every_row_of_the_ladder(data, results):
+    evaluation = Evaluation.of(str(data), runs=4, results=results, jobs=1, device="cpu")
     method = Method.read(HERE / "unlearning.py", "digits")
     table = ladder.ladder(evaluation, method).set_index("row")
     assert len(table) == 25
-    assert table.here.between(0, 2).all() and table.here.nunique() > 8
+    assert table.here.nunique() > 8 and table.F.between(0, 1).all()
+    parts = table.F * table["RA_U/RA_R"] * table["TA_U/TA_R"]
+    assert table.here.to_numpy() == pytest.approx(parts.to_numpy())
     # The first six add one thing each, up to the preset itself; rows that name one setting are one result.
     assert table.here["+ fc and shortcuts excluded"] == evaluation.score(method)["score"]
     assert table.here["+ MSE to the original's logits"] == table.here["loss: MSE"] == table.here["cycles: 1"]
@@ -42,9 +46,15 @@ def test_rows_of_the_ladder_change_only_what_they_name():
     assert all(sum(row["epochs"]) == pytest.approx(sum(preset["epochs"])) for row in rows.values())
 
 
+class Page(NamedTuple):
+    page: Path
+    table: Path  # CSV
+    arguments: list[str]
+
+
 @pytest.fixture
-def page(small_digits, tmp_path, monkeypatch):
-    """A leaderboard of three methods at N = 4; returns (its page, its CSV)."""
+def page(data, results, tmp_path, monkeypatch) -> Page:
+    """A leaderboard of three methods at N = 4."""
     kept = tmp_path / "tuned.json"
     budgets = {"finetune": {"trials": "2 at N = 4"}, "negrad": {"trials": "2 at N = 4"}}
     write_json(kept, budgets)
@@ -52,26 +62,43 @@ def page(small_digits, tmp_path, monkeypatch):
         monkeypatch.setattr(module, "tuned_file", lambda data: kept)
     methods = [Method.read(HERE / "methods" / f"{name}.py") for name in budgets]
     monkeypatch.setattr(leaderboard, "contestants", lambda data: [NO_UNLEARNING, *methods])
-    arguments = ["--data", str(small_digits), "--runs", "4", "--jobs", "1", "--results", str(tmp_path / "results")]
+    arguments = ["--data", str(data), "--runs", "4", "--jobs", "1", "--results", str(results)]
     assert leaderboard.main([*arguments, "--page", str(tmp_path / "RESULTS.md")]) == 0
-    return tmp_path / "RESULTS.md", tmp_path / "results" / "small_digits" / "leaderboard.csv"
+    return Page(tmp_path / "RESULTS.md", results / "small_digits" / "leaderboard.csv", arguments)
 
 
 def test_the_leaderboard(page, capsys):
-    text, table = page[0].read_text(), pd.read_csv(page[1])
+    text, table = page.page.read_text(), pd.read_csv(page.table)
     assert table["rank"].dropna().tolist() == [1, 2, 3]
     assert table["private score"].is_monotonic_decreasing
     assert "| (ceiling, estimated) |" in text and "2 at N = 4" in text
     for split, column in (("public", "public score"), ("private", "private score")):
         for name in ("finetune", "negrad", "no_unlearning"):
-            summary = json.loads((page[1].parent / split / name / "summary.json").read_text())
+            summary = json.loads((page.table.parent / split / name / "summary.json").read_text())
             assert table.set_index("method")[column][name] == pytest.approx(summary["score"])
     over = table[table["share of retraining cost"] > 0.2].method
     for name in over:  # marked, not dropped
         (row,) = (line for line in text.splitlines() if f"| {name} |" in line)
         assert "over" in row
-    assert (page[0].parent / "docs" / "leaderboard.png").read_bytes().startswith(b"\x89PNG")
+    assert (page.page.parent / "docs" / "leaderboard.png").read_bytes().startswith(b"\x89PNG")
     assert "public and private, N = 4" in text
+
+
+def test_a_page_that_was_not_asked_for_is_not_replaced(page):
+    """`make leaderboard RUNS=64` once overwrote the kit's own page."""
+    kits = [HERE / "RESULTS.md", HERE / "docs" / "leaderboard.png"]
+    before = [path.read_bytes() for path in kits]
+    assert leaderboard.main(page.arguments) == 0
+    assert [path.read_bytes() for path in kits] == before
+    assert (page.table.parent / "RESULTS.md").read_text().replace("](leader", "](docs/leader") == page.page.read_text()
+    assert (page.table.parent / "leaderboard.png").exists()
+
+
+def test_unequal_budgets_are_refused_before_any_work(page, tmp_path, monkeypatch, capsys):
+    write_json(tmp_path / "tuned.json", {"finetune": {"trials": "2 at N = 4"}, "negrad": {"trials": "9 at N = 4"}})
+    monkeypatch.setattr(leaderboard, "scores", lambda *_: pytest.fail("it began to work"))
+    assert leaderboard.main(page.arguments) == 1
+    assert "the methods had different budgets" in capsys.readouterr().err
 
 
 def test_unequal_budgets_are_refused(tmp_path, monkeypatch):
