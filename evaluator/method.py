@@ -103,12 +103,12 @@ class Method:
         examples = {name: getattr(data, name) for name in ("retain", "forget", "validation")}
         loaders = [Loader(part, recipe.batch_size, getattr(net, "generators", [None])) for part in examples.values()]
         untouched = {name: part.clone() for name, part in examples.items()}
-        config = [loaded.module.Config(**self.config)] if hasattr(loaded.module, "Config") else []
         for seed in (random.seed, np.random.seed, torch.manual_seed):
             seed(runs[0])
         who = f"{self.path}: {run_names(runs)}"
         start = worker_seconds(device)
         with _guarded(f"{who}: unlearning()", loaded.path, time_limit and time_limit * len(runs)):
+            config = [loaded.module.Config(**self.config)] if hasattr(loaded.module, "Config") else []
             returned = loaded.module.unlearning(net, *loaders, *config)
         seconds = worker_seconds(device) - start
         if returned is not None:
@@ -121,19 +121,21 @@ class Method:
         late = loaded.read_late()
         if late:
             raise Problem(f"{who}: unlearning() reads {late}; read it at the top of the file, so that a change of it counts")
-        return self._checked(net, original, runs), seconds
+        try:
+            return self._checked(net, original, runs), seconds
+        except Problem:
+            raise
+        except Exception as error:
+            raise Problem(f"{who}: what unlearning() left is no network any more: {one_line(error)}") from error
 
     def _checked(self, net: nn.Module, original: nn.Module, runs: list[int]) -> nn.Module:
         """What the networks' state dicts say, in networks as they were handed over: what a checkpoint would keep."""
-        members = getattr(net, "members", [net])
-        if len(members) != len(runs) and isinstance(net, Ensemble):
+        members = net.members if isinstance(net, Ensemble) else [net]
+        if len(members) != len(runs):
             raise Problem(f"{self.path}: {run_names(runs)}: unlearning() left {len(members)} members")
         for run, member in zip(runs, members, strict=True):
             who = f"{self.path}: run {run}"
-            try:
-                state = member.state_dict()
-            except Exception as error:
-                raise Problem(f"{who}: the network has no state dict any more: {one_line(error)}") from error
+            state = member.state_dict()
             misfit = state_misfit(original, state)
             if misfit:
                 raise Problem(f"{who}: the network does not fit the original's: {misfit}")
@@ -147,13 +149,19 @@ class Method:
                 f"{self.path}: {run_names(runs)}: '{torn}' of a member is no longer part of the ensemble; "
                 "edit tensors in place (copy_, add_), or leave out ENSEMBLE"
             )
-        fresh = Ensemble(original, len(runs)) if isinstance(net, Ensemble) else copy.deepcopy(original)
+        fresh = _fresh(original, len(runs) if isinstance(net, Ensemble) else 0)
         for clean, member in zip(getattr(fresh, "members", [fresh]), members, strict=True):
             clean.load_state_dict(member.state_dict())
         return fresh.eval()
 
 
 NO_UNLEARNING = Method(None, "no_unlearning", {})
+
+
+@functools.cache
+def _fresh(original: nn.Module, size: int) -> nn.Module:
+    """A network to load a state dict into, or an Ensemble of `size` such; made once per process, as that takes a while."""
+    return Ensemble(original, size) if size else copy.deepcopy(original)
 
 
 def run_names(runs: list[int]) -> str:
