@@ -1,12 +1,17 @@
 # make evaluate            score unlearning.py beside the baselines; RUNS=64 for a first impression
+#                          METHOD=my_method.py scores another file, ATTACKS=1 adds further attacks beside the score
 # make tune                search every method's hyperparameters; METHOD=methods/fanchuan.py for one
 # make ladder              unlearning.py's published ablation, row by row
-# make leaderboard         all methods with their tuned values, both splits: RESULTS.md
+# make leaderboard         all methods with their tuned values, on both splits: results/digits/RESULTS.md
+#                          PAGE=RESULTS.md replaces the kit's own page and docs/leaderboard.png instead
 # make notebook            notebooks/*.ipynb from unlearning.py and their sources
-# make rehearse            Kaggle on this machine: the notebook run in it, its submission.zip checked and scored
+# make rehearse            Kaggle on this machine: runs the notebook, checks and scores its submission.zip
 # make submit              upload the notebook and submit it; DRY=1 prints the commands instead
 # make test                lint and tests
-# Every target sets up what it needs; VENV=/path/to/environment uses one that exists. JOBS=1 takes one core only.
+# make format              reformat the code as `make test` wants it
+# make clean               delete results/, data/digits/ and caches
+# Defaults where a target takes them: DATA=digits SPLIT=public RUNS=512. JOBS=1 uses one core only.
+# Every target sets up what it needs; VENV=/path/to/environment uses an environment that exists.
 
 VENV ?= .venv
 PYTHON ?= python3
@@ -15,13 +20,15 @@ DATA ?= digits
 SPLIT ?= public
 METHOD ?=
 JOBS ?=
+ATTACKS ?=
+PAGE ?=
 RUN := $(VENV)/bin/python
 ON := --data $(DATA) $(if $(JOBS),--jobs $(JOBS))
 
 .PHONY: evaluate tune ladder leaderboard notebook rehearse submit test lint format clean
 
 evaluate: $(VENV)/.ready data/digits/dataset.json
-	$(RUN) evaluate.py $(METHOD) $(ON) --split $(SPLIT) --runs $(RUNS)
+	$(RUN) evaluate.py $(METHOD) $(ON) --split $(SPLIT) --runs $(RUNS) $(if $(ATTACKS),--attacks)
 
 tune: $(VENV)/.ready-dev data/digits/dataset.json
 	$(RUN) -m evaluator.tuning $(METHOD) $(ON)
@@ -30,7 +37,7 @@ ladder: $(VENV)/.ready data/digits/dataset.json
 	$(RUN) -m benchmarks.ladder $(ON) --split $(SPLIT) --runs $(RUNS)
 
 leaderboard: $(VENV)/.ready data/digits/dataset.json
-	$(RUN) -m benchmarks.leaderboard $(ON) --runs $(RUNS)
+	$(RUN) -m benchmarks.leaderboard $(ON) --runs $(RUNS) $(if $(PAGE),--page $(PAGE))
 
 notebook: $(VENV)/.ready-dev
 	$(RUN) notebooks/build.py
