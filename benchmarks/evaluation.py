@@ -1,9 +1,9 @@
-"""How long scoring takes, stage by stage, and how much memory: everything made anew in a temporary folder.
+"""How long scoring takes, stage by stage, and how much memory it needs: everything from scratch in a temporary folder.
 
     python -m benchmarks.evaluation             N = 512 on the digits
 
-First the evaluation that `make evaluate` makes, from no data and no networks; then one more method, and the first again.
-Memory is that of all processes together, what they share counted once (Linux only).
+First the evaluation that `make evaluate` runs, without data or networks to start from; then one more method; then the
+first evaluation again. Memory is that of all processes together, with shared pages counted once (Linux only).
 """
 
 import argparse
@@ -22,7 +22,7 @@ from evaluator.scoring import processor
 
 
 def memory(group: int) -> int:
-    """Bytes that the processes of a group use, each shared page divided among them."""
+    """Bytes that the processes of a group use; a shared page is divided among those that share it."""
     total = 0
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
@@ -35,7 +35,7 @@ def memory(group: int) -> int:
 
 
 def timed(what: str, *command: str) -> None:
-    """Run a command; print its own stages, its seconds and its peak memory."""
+    """Run a command; print the stages it reports, its run time and its peak memory."""
     with tempfile.TemporaryFile("w+") as said:
         start = time.perf_counter()
         process = subprocess.Popen(

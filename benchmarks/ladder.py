@@ -1,11 +1,11 @@
-"""The published ablation of unlearning.py, row by row: what each step of the method is worth here and was worth there.
+"""The published ablation of unlearning.py, row by row: what each step of the method gains here, and gained there.
 
     python -m benchmarks.ladder                 every row at N = 512 on the public split (make ladder)
     python -m benchmarks.ladder --runs 64       a first impression
 
-Absolute scores of two data sets cannot be compared, so both columns are also divided by their own fine-tuning. The
-published rows are those of Ahn et al. (competition data, 512 runs); two submissions of the same code differed by ±0.005
-there. Here every row has the data set's preset of unlearning.py, tuned as a whole, with only what the row names changed.
+Scores on two data sets cannot be compared, so each column is also divided by its own fine-tuning score. The published
+rows are those of Ahn et al. (competition data, 512 runs), where scores of the same code varied by about ±0.005. Here every
+row is unlearning.py's preset for the data set, which was tuned as a whole, with only the change that the row names.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ from evaluator.method import Method
 
 
 def rows(preset: dict) -> dict[str, tuple[float, dict]]:
-    """What the row adds -> (its published score, Config values). preset: the best setting, the last of the first six."""
+    """What a row changes -> (its published score, Config values). preset: the full method, at the end of the first block."""
     tensors, noise, cycles = preset["tensors"], preset["noise"], preset["epochs"]
     together = sum(cycles)
     one_cycle = {"epochs": (together,), "exclude": ()}
@@ -58,7 +58,7 @@ def rows(preset: dict) -> dict[str, tuple[float, dict]]:
 
 
 def ladder(evaluation: Evaluation, method: Method) -> pd.DataFrame:
-    """One row of the ablation each: the published score and ours, and both divided by their own fine-tuning."""
+    """One row per step of the ablation: the published score and ours, each also divided by its own fine-tuning score."""
     made = []
     for row, (published, values) in rows(method.config).items():
         changed = dataclasses.replace(method, name="ladder", config=method.config | values)

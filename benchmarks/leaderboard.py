@@ -1,11 +1,11 @@
-"""All methods, tuned alike, on both splits: prints one table, writes leaderboard.csv and RESULTS.md under results/<data>.
+"""All methods, tuned alike, on both splits: prints a table, writes leaderboard.csv and RESULTS.md under results/<data>.
 
-    python -m benchmarks.leaderboard            N = 512 (make leaderboard); goes on where it was interrupted
+    python -m benchmarks.leaderboard            N = 512 (make leaderboard); resumes where it was interrupted
     python -m benchmarks.leaderboard --runs 64  a first impression
     python -m benchmarks.leaderboard --page RESULTS.md          the kit's own page (make leaderboard PAGE=RESULTS.md)
 
-Every method has the values that `make tune` found on the public split; unlearning.py is there with its presets too. The
-order is that of the private split, whose forget set no value was chosen on.
+Every method uses the values that `make tune` found on the public split; unlearning.py also appears with its presets.
+Methods are ranked by the private split, whose forget set was not used to choose any value.
 """
 
 import dataclasses
@@ -26,8 +26,8 @@ from evaluator.scoring import COST_LIMIT, processor, versions
 from evaluator.tuning import tuned_file, tuned_values
 
 SPLITS = ("public", "private")
-QUICK = 64  # runs of a first impression, that the full number is compared with
-# Of the competition's private half where there is one: the teams' write-ups, the organisers for the baselines.
+QUICK = 64  # runs of a quick evaluation, which is compared with the full one
+# Private scores, from the teams' write-ups; unlearning's own, finetune's and negrad's are public ones, from Ahn et al.
 PUBLISHED = {
     "fanchuan": 0.0985,
     "unlearning": 0.0939,
@@ -63,7 +63,7 @@ def scores(evaluation: Evaluation, methods: list[Method]) -> pd.DataFrame:
 
 
 def leaderboard(splits: dict[str, pd.DataFrame]) -> pd.DataFrame:
-    """Ranked by the private score; F, ratios and costs are of the private split too."""
+    """Ranked by the private score; F, the ratios and the costs are those of the private split too."""
     public, private = splits["public"], splits["private"]
     table = pd.DataFrame(
         {
@@ -85,7 +85,7 @@ def leaderboard(splits: dict[str, pd.DataFrame]) -> pd.DataFrame:
 
 
 def as_text(table: pd.DataFrame) -> pd.DataFrame:
-    """What people read: rounded, nothing where there is nothing, and what is over the limit marked."""
+    """For people to read: rounded, missing values left empty, costs over the limit marked."""
 
     def cost(value: float) -> str:
         return "" if math.isnan(value) else f"{value:.0%}" + (" **over**" if value > COST_LIMIT else "")
@@ -101,7 +101,7 @@ def as_text(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def correlations(splits: dict[str, pd.DataFrame], runs: int) -> list[str]:
-    """How far one ranking tells another, over the methods (Spearman)."""
+    """How well one ranking of the methods predicts another (Spearman)."""
     public, private = (table[~table.index.str.startswith("(")] for table in splits.values())
     pairs = {f"public and private, N = {runs}": (public.score, private.score)}
     if runs > QUICK:
@@ -111,16 +111,16 @@ def correlations(splits: dict[str, pd.DataFrame], runs: int) -> list[str]:
 
 
 def scatter(evaluation: Evaluation, method: Method) -> list[str]:
-    """How far one quick score of a method lies from another."""
+    """How much the quick score of one method varies."""
     if evaluation.runs <= QUICK:
         return []
     quick, split = evaluation.group_scores(method, QUICK), evaluation.data.split
     deviation = pd.Series(quick).std()
-    return [f"{method.name} at N = {QUICK}, {split}, {len(quick)} times: standard deviation {deviation:.4f}"]
+    return [f"{len(quick)} scores of {method.name} at N = {QUICK}, {split}: standard deviation {deviation:.4f}"]
 
 
 def draw(table: pd.DataFrame, path: Path, title: str) -> None:
-    """Bars of the private score, a mark for the public one, a line for the ceiling."""
+    """A bar for the private score, a mark for the public one, a line for the ceiling."""
     ceiling = table[table.method.str.startswith("(")]["private score"].item()
     methods = table[table["rank"].notna()][::-1]
     figure = Figure(figsize=(7, 0.27 * len(methods) + 1), layout="constrained")
@@ -144,7 +144,7 @@ def markdown(table: pd.DataFrame) -> str:
 
 
 def budget(data: str) -> str:
-    """What each method's search was allowed, in words. Raises Problem when it was not the same for all."""
+    """Each method's search budget, in words. Raises Problem when it was not the same for all."""
     found = read_json(tuned_file(data))
     given = {kept["trials"] for kept in found.values()}
     if len(given) > 1:
@@ -154,7 +154,7 @@ def budget(data: str) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = command.parser(__doc__)
-    parser.add_argument("--page", type=Path, help="where to write it (default: <results>/<data>/RESULTS.md)")
+    parser.add_argument("--page", type=Path, help="the page to write (default: <results>/<data>/RESULTS.md)")
     args = parser.parse_args(arguments)
     return command.run(lambda: write(args))
 
@@ -194,22 +194,25 @@ def write(args) -> None:
     write_atomically(page, lambda file: file.write(text.encode()))
     print(f"\n{title}\n{shown.to_string(index=False)}\n\nrank correlations")
     print("\n".join(f"  {line}" for line in correlated))
-    print(f"\n{minutes:.0f} minutes of processor time in the kept runs; {page} and {picture} written")
+    print(f"\n{minutes:.0f} minutes of processor time in the kept runs; wrote {page} and {picture}")
 
 
 RESULTS = """<!-- Generated by `make leaderboard`; edits are lost. -->
 # Results: {data}, {runs} runs
 
-Every method of the kit under the competition's metric, {runs} unlearned against {runs} retrained networks, forget sets of
-{sizes} examples (public and private split). Values were tuned on the public split, every method with the same budget of
-scored settings (`make tune`): {budget}. Each setting costs at most 20% of a retraining, and the
-first is the published one, as far as it lies in the ranges. The order is that of the private split.
+All methods of the kit under the competition's metric: {runs} unlearned against {runs} retrained networks, forget sets of
+{sizes} examples (public and private split). Every method was tuned on the public split with the same budget of scored
+settings (`make tune`): {budget}. The first setting tried is the published one, moved into the
+search ranges; settings that cost more than 20% of a retraining are rejected. Methods are ranked by their private score.
 
-`algorithm_1` and `algorithm_2` are unlearning.py with its published values, made for a network that trains for longer; a
-cost over the competition's limit is marked. `unlearning_preset` has the values that unlearning.py brings for this data
-set, the better of two such searches by the public score at N = 512; `make evaluate` uses it, and presets of finetune and
-negrad that were chosen in the same way. *Published* is the score in the competition: other data, another network; only
-the order may be compared.
+`algorithm_1` and `algorithm_2` are unlearning.py with its published values, which were chosen for a network that trains
+longer; costs over the competition's limit are marked. `unlearning_preset` has the values that unlearning.py brings for this
+data set: the better of two such searches by public score at N = 512. `make evaluate` uses them, and presets of finetune and
+negrad that were chosen in the same way.
+
+*Published* is the score in the competition, on other data and with another network: only the order can be compared. The
+column mixes two leaderboards: the scores of unlearning, algorithm_1, algorithm_2, finetune and negrad are public ones, as
+reported by Ahn et al., the authors of the method in unlearning.py; those of the winning teams are private ones.
 
 {table}
 
@@ -220,16 +223,16 @@ the retrained networks.
 
 ## How far to trust a quick run
 
-Spearman's rank correlation over the methods, and how much a score itself scatters:
+Spearman's rank correlation between two rankings of the methods, and the spread of a single score:
 
 {correlations}
 
-## Made by
+## How this page was made
 
-    make tune           # values in methods/tuned/{data}.json; kept, so this is only needed for new methods or data
+    make tune           # finds the values in methods/tuned/{data}.json; only needed for new methods or data
     make leaderboard PAGE=RESULTS.md    # this page
 
-The runs took {minutes:.0f} minutes of processor time in all ({machine}). Both commands go on where they were interrupted.
+The runs took {minutes:.0f} minutes of processor time in all ({machine}). Both commands resume where they were interrupted.
 """
 
 

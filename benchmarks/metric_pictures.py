@@ -1,10 +1,10 @@
-"""What the score is worth: forgetting quality of made-up unlearners, by simulation. Prints the table of docs/metric.md and
-draws its picture, docs/metric.png.
+"""What a score means: forgetting quality of simulated unlearners. Prints the table of docs/metric.md and draws its picture,
+docs/metric.png.
 
     python -m benchmarks.metric_pictures
 
-Of every forget example the retrained networks' confidences are drawn from a normal law, and the unlearned networks' from
-one that is shifted or has another width. Half a minute on one core.
+For every forget example the retrained networks' confidences are drawn from a normal distribution, and the unlearned
+networks' from one that is shifted or has another standard deviation. Half a minute on one core.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from evaluator.progress import progress
 
 MEAN, SD = 4.0, 2.0  # of the retrained networks' confidences; the size of SD hardly matters
 SHIFTS = (0.0, 0.25, 0.5, 1.0, 2.0)  # of the unlearned networks' mean, in SD
-LAWS = {"the same law": (0.0, 1.0)}
+LAWS = {"same distribution": (0.0, 1.0)}
 LAWS |= {f"mean shifted by {shift:g} sd": (shift, 1.0) for shift in SHIFTS[1:]}
 LAWS |= {f"sd × {ratio:g}": (0.0, ratio) for ratio in (0.8, 0.6)}
 RUNS = (64, 512)
@@ -55,7 +55,7 @@ def draw_example(axes: Axes, shift: float, runs: int, seed: int) -> None:
     for side, colour in ((retrained, RETRAINED), (unlearned, UNLEARNED)):
         axes.hist(side, edges, histtype="stepfilled", color=colour, alpha=0.2)
         axes.hist(side, edges, histtype="step", color=colour, linewidth=1.3)
-    # An attack says one thing inside its interval and the other outside; grey is the one of the two that gives it away.
+    # An attack gives one answer inside its interval and the other outside; grey is the region that gives the method away.
     hits = np.array([attack.unlearned_inside.item(), attack.retrained_inside.item()])
     outside = abs(np.log((runs - hits[0]) / (runs - hits[1]))) > abs(np.log(hits[0] / hits[1]))
     telling = runs - hits if outside else hits
@@ -66,7 +66,7 @@ def draw_example(axes: Axes, shift: float, runs: int, seed: int) -> None:
         if edges[0] < end < edges[-1]:
             axes.axvline(end, color="#555555", linewidth=1, linestyle="--")
     earned = forgetting_quality(torch.tensor([epsilon]), runs)
-    law = "The same law" if shift == 0 else f"Shifted by {shift:g} sd"
+    law = "Same distribution" if shift == 0 else f"Shifted by {shift:g} sd"
     share = f"1/{round(1 / earned)}" if earned else "0"
     ratio = f"{telling.max() / telling.min():.3g}"
     axes.set_title(f"{law}: ε = {epsilon:.2f}, earns {share}", fontsize=10.5, loc="left", weight="bold", pad=19)
@@ -112,9 +112,9 @@ def draw(simulated: dict, seed: int, path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--examples", type=int, default=300, help="forget examples per law (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--picture", type=Path, default=HERE / "docs" / "metric.png")
+    parser.add_argument("--examples", type=int, default=300, help="forget examples per distribution (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of the simulation (default: %(default)s)")
+    parser.add_argument("--picture", type=Path, default=HERE / "docs" / "metric.png", help="where to draw it")
     args = parser.parse_args()
     torch.set_num_threads(1)
     simulated = {}
@@ -129,7 +129,7 @@ def main() -> None:
         values = [f"{simulated[runs, name][0]:.4f} ± {simulated[runs, name][1]:.4f}" for runs in RUNS]
         print(f"| {name} | " + " | ".join(values) + " |")
     draw(simulated, args.seed, args.picture)
-    print(f"drawn: {args.picture}")
+    print(f"wrote {args.picture}")
 
 
 if __name__ == "__main__":

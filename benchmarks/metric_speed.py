@@ -2,7 +2,7 @@
 
     python -m benchmarks.metric_speed           two minutes
 
-Confidences are drawn from two normal laws; the time does not depend on them.
+The confidences are drawn from a normal distribution; the time does not depend on them.
 """
 
 import time
@@ -14,7 +14,7 @@ from evaluator.scoring import processor
 
 
 def seconds(runs: int, examples: int, repeats: int) -> float:
-    """The median of a few repeats, after one to warm up."""
+    """The median of a few repeats, after a warm-up."""
     source = torch.Generator().manual_seed(0)
     unlearned, retrained = torch.randn(2, runs, examples, generator=source, dtype=torch.float64) * 2 + 4
     taken = []

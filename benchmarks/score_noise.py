@@ -1,8 +1,8 @@
-"""How far two scores of one method at the same N lie apart: groups of runs, each against retrained networks of its own.
+"""How much two scores of one method at the same N differ: groups of runs, each against retrained networks of its own.
 
     python -m benchmarks.score_noise            two groups of 512 runs of finetune and unlearning.py, both splits
 
-Groups differ in nothing but their seeds, so that what lies between them is noise, and a gain within it may be none.
+Groups differ in their seeds alone, so any difference between them is noise; a gain of that size may be noise too.
 """
 
 import statistics
@@ -18,7 +18,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = command.parser(__doc__)
     default = [HERE / "methods" / "finetune.py", HERE / "unlearning.py"]
     parser.add_argument("methods", nargs="*", type=Path, default=default, metavar="METHOD")
-    parser.add_argument("--groups", type=int, default=2, help="of --runs runs each (default: %(default)s)")
+    parser.add_argument("--groups", type=int, default=2, help="how many groups of --runs runs (default: %(default)s)")
     args = parser.parse_args(arguments)
     return command.run(lambda: show(args))
 

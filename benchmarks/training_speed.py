@@ -1,11 +1,11 @@
-"""What training many networks at once saves: images per second of a pool against loops over single networks.
+"""What training many networks at once gains: images per second, against loops over single networks.
 
     python -m benchmarks.training_speed         the digits' networks; about four minutes
 
-An image counts each time a network is trained on it (forward, backward and step). Retraining: the loop that the
-competition's starting kit has (a DataLoader that collates samples, `.item()` after each batch), the same on batches cut
-from memory, and the kit's pool. Unlearning: one run after the other in a loop, the kit's runs in processes (any method),
-and K networks at once in processes (ENSEMBLE = True).
+An image counts each time a network is trained on it (forward, backward and step). Retraining: the loop of the
+competition's starting kit (a DataLoader that collates samples, `.item()` after each batch), the same loop over batches cut
+from tensors in memory, and this kit's pool. Unlearning: one run after another in a loop, this kit's runs in processes (any
+method), and K networks at once in processes (ENSEMBLE = True).
 """
 
 import argparse
@@ -29,7 +29,7 @@ from evaluator.runs import retrained_pool, unlearned_pool
 from evaluator.scoring import processor
 from evaluator.training import Recipe, generators, original_network, train
 
-EPOCHS = 2  # of the loops; the pool's networks are trained to the end
+EPOCHS = 2  # of the loops; the pool's networks get the full training
 
 
 def seconds(work: Callable[[], object]) -> float:
@@ -69,8 +69,8 @@ def unlearning_in_a_loop(evaluation: Evaluation, original: torch.nn.Module, runs
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--networks", type=int, default=128, help="of the pool (default: 128)")
-    parser.add_argument("--runs", type=int, default=64, help="of unlearning (default: 64)")
+    parser.add_argument("--networks", type=int, default=128, help="networks in the pool (default: 128)")
+    parser.add_argument("--runs", type=int, default=64, help="runs of unlearning.py (default: 64)")
     parser.add_argument("--jobs", type=int, help="processes (default: one per core)")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
@@ -78,7 +78,7 @@ def main() -> None:
         data, recipe, setting = evaluation.data, evaluation.recipe, evaluation.setting
         size = recipe.networks_at_once
         warm_up = dataclasses.replace(setting, results=Path(folder) / "warm_up")
-        # Workers take seconds to start and to import torch, which a pool of 512 does once.
+        # Starting the workers takes a while, and a pool of 512 pays for it once.
         retrained_pool(warm_up, data, recipe, size * setting.jobs)
 
         print(f"{processor()}: {setting.jobs} processes, {torch.get_num_threads()} threads in a loop")
@@ -91,16 +91,16 @@ def main() -> None:
         taken = seconds(lambda: retrained_pool(setting, data, recipe, args.networks))
         pool = args.networks * recipe.epochs * len(data.retain) / taken
         print(
-            f"  the pool, K = {size:<4}             {pool:8,.0f}  {pool / base:.1f} x, {pool / plain:.1f} x the one before"
+            f"  the pool, K = {size:<4}             {pool:8,.0f}  {pool / base:.1f} x, {pool / plain:.1f} x the loop above"
         )
 
         print(f"{args.runs} runs of unlearning.py, seconds")
         method = Method.read(HERE / "unlearning.py", data.name)
-        alone = Path(folder) / "alone.py"  # as any user's file that does not say it can take K networks at once
+        alone = Path(folder) / "alone.py"  # like any file that does not say it can take K networks at once
         alone.write_text(method.path.read_text().replace("ENSEMBLE = True", "ENSEMBLE = False"))
         original = original_network(data, recipe)
         loop = seconds(lambda: unlearning_in_a_loop(evaluation, original, args.runs))
-        print(f"  one after the other            {loop:8.1f}", flush=True)
+        print(f"  one after another              {loop:8.1f}", flush=True)
         for what, tried in (("processes", Method.read(alone, data.name)), ("processes, K at once", method)):
             taken = seconds(lambda tried=tried: unlearned_pool(setting, data, recipe, original, tried, args.runs))
             print(f"  {what:<29}  {taken:8.1f}  {loop / taken:.1f} x", flush=True)
