@@ -1,10 +1,10 @@
 """Builds notebooks/submission.ipynb and tuning.ipynb from the reviewable .py files beside them (jupytext, py:percent).
 
     python notebooks/build.py            write the notebooks that are out of date
-    python notebooks/build.py --force    also those that were edited by hand: their edits are lost
+    python notebooks/build.py --force    also those that were edited by hand; the edits are lost
 
-The same sources give the same bytes. Two cells of submission.py are filled in from unlearning.py: its Config as
-hyperparameters, and the file itself.
+The same sources give the same bytes. Two cells of submission.py are filled in from unlearning.py: the hyperparameters from
+its Config, and the file itself.
 """
 
 import argparse
@@ -47,7 +47,7 @@ def build(name: str) -> str:
 
 
 def hyperparameters_cell(method: str) -> str:
-    """`hyperparameters = dict(field=value, …)` with the comments that stand beside the fields of Config."""
+    """`hyperparameters = dict(field=value, …)` with the comments beside the fields of Config."""
     config = next(node for node in ast.parse(method).body if isinstance(node, ast.ClassDef) and node.name == "Config")
     comments = {
         token.start[0]: token.string
@@ -81,7 +81,7 @@ def _digest(cells: list[dict]) -> str:
 
 
 def write(name: str, force: bool = False) -> Path:
-    """Bring a notebook up to date. Raises Problem where that would lose what somebody changed in it."""
+    """Bring a notebook up to date. Raises Problem when that would lose edits made by hand."""
     path, text = HERE / f"{name}.ipynb", build(name)
     if path.exists() and path.read_text() == text:
         return path

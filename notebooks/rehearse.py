@@ -1,12 +1,12 @@
-"""Rehearses Kaggle on this machine: the competition's input folder, the notebook run in it, the zip checked and scored.
+"""Rehearses a Kaggle run on this machine: makes the input folder, runs the notebook, checks and scores its zip.
 
     python notebooks/rehearse.py                    8 runs on 240 of the handwritten digits, enlarged to 32 x 32
     python notebooks/rehearse.py --runs 16 --images 1000 --data my_faces
 
-What is as on Kaggle: the input folder (CSVs, 32 x 32 PNGs, original_model.pth of torchvision's resnet18(num_classes=10),
-age_class_weights.json, no test labels); a fresh process that sees neither the kit nor this shell's environment; no network
-(Python's sockets refuse everything but this machine). What is not: the GPUs, and the number of runs.
-At the end the networks in the zip must be those that `evaluate.py notebooks/submission.ipynb` makes with the same seeds.
+As on Kaggle: the input folder (CSVs, 32 x 32 PNGs, original_model.pth of torchvision's resnet18(num_classes=10),
+age_class_weights.json, no test labels); a fresh process that sees neither the kit nor this shell's environment; no internet
+(Python's sockets refuse everything but this machine). Not as on Kaggle: the GPUs, and the number of runs.
+At the end the networks in the zip must equal those that `evaluate.py notebooks/submission.ipynb` makes with the same seeds.
 """
 
 import functools
@@ -36,7 +36,7 @@ from evaluator.data import Data, Examples, load
 from evaluator.files import Problem, read_json, write_atomically, write_json
 from evaluator.training import Recipe, original_network
 
-# One run at a time, as on Kaggle; a short training, as nobody needs a good network here.
+# One run at a time, as on Kaggle; a short training, as the network need not be good here.
 RECIPE = {"epochs": 4, "learning_rate": 1e-3, "networks_at_once": 1}
 NO_NETWORK = """
 import socket
@@ -54,8 +54,8 @@ socket.socket.connect_ex = only_here(socket.socket.connect_ex)
 
 
 def make_input(data: Data, folder: Path, images: int, recipe: dict = RECIPE) -> Path:
-    """folder/input as the competition mounts it, of some of a data set's images; folder/data is the same with a recipe,
-    which the evaluator needs to retrain. Returns folder/input."""
+    """Make folder/input as the competition mounts it, from some of a data set's images, and folder/data: the same with a
+    recipe, which the evaluator needs to retrain. Returns folder/input."""
     if data.classes > 10:
         raise Problem(f"{data.folder}: has {data.classes} classes, the competition's network 10")
     source, scored = folder / "input", folder / "data"
@@ -95,8 +95,8 @@ def _write(path: Path, content: bytes) -> None:
 def play(notebook: Path, source: Path, folder: Path, runs: int, **settings: str) -> Path:
     """Run a notebook from top to bottom as Kaggle would; returns its submission.zip.
 
-    folder: gets tmp/, working/ and the notebook with its outputs. settings: further variables of its environment.
-    Raises Problem with the notebook's own words when it stops.
+    folder: gets tmp/, working/ and the notebook with its outputs. settings: further environment variables.
+    Raises Problem with the notebook's own message when it stops.
     """
     book = nbformat.read(notebook, as_version=4)
     kept = {name: os.environ[name] for name in ("PATH", "HOME", "LANG", "SYSTEMROOT", "TEMP") if name in os.environ}
@@ -121,7 +121,7 @@ def play(notebook: Path, source: Path, folder: Path, runs: int, **settings: str)
 
 
 def check_zip(path: Path, runs: int) -> None:
-    """Exactly the float16 checkpoints 0 to runs - 1, each loading into the competition's network."""
+    """Check that there are exactly the float16 checkpoints 0 to runs - 1, and each loads into the competition's network."""
     net = resnet18(num_classes=10)
     with zipfile.ZipFile(path) as archive:
         expected = [f"kaggle/tmp/unlearned_checkpoint_{run}.pth" for run in range(runs)]
@@ -137,7 +137,7 @@ def check_zip(path: Path, runs: int) -> None:
 
 
 def compare(path: Path, networks: Path, runs: int) -> None:
-    """The zip's networks are, to the last bit of float16, those in `networks`."""
+    """Check that the zip's networks are those in `networks`, to the last bit of float16."""
     with zipfile.ZipFile(path) as archive:
         for run in range(runs):
             with archive.open(f"kaggle/tmp/unlearned_checkpoint_{run}.pth") as file:
@@ -174,7 +174,7 @@ def rehearse(data: str, split: str, runs: int, images: int, results: Path, how: 
     uploaded, direct = (summaries[name]["score"] for name in ("submission.zip", "submission"))
     if abs(uploaded - direct) > 0.02:
         raise Problem(f"{archive} scores {uploaded:.4f}, the same seeds scored directly {direct:.4f}")
-    say(f"networks equal in float16; score from the zip {uploaded:.4f}, directly {direct:.4f} (N = {runs}: no measure)")
+    say(f"networks equal in float16; score from the zip {uploaded:.4f}, directly {direct:.4f} (N = {runs} is only a check)")
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -7,20 +7,20 @@
 # %% [markdown]
 # # Unlearning without looking at the forget set
 #
-# A network was trained on faces; some people ask to be forgotten. Retraining without them is exact but expensive. This
-# notebook makes 512 networks that should be indistinguishable from 512 retrained ones, for a fraction of the cost, with the
-# method of Ahn, Lee, Bae, Yim and Jung (8th of 1,188 teams in the NeurIPS 2023 Machine Unlearning Challenge). One run is a
-# few **forget-remember cycles**:
+# A network was trained on faces; then some people ask to be forgotten. Retraining without them is exact but expensive. This
+# notebook makes 512 networks that should be indistinguishable from 512 retrained ones, at a fraction of the cost, with the
+# [method of Ahn, Lee, Bae, Yim and Jung](https://www.kaggle.com/competitions/neurips-2023-machine-unlearning/discussion/458715)
+# (8th of 1,188 teams in the NeurIPS 2023 Machine Unlearning Challenge). A run consists of a few **forget-remember cycles**:
 #
 # 1. **Forget.** A few parameter tensors, drawn at random, are re-initialised: whatever they stored is gone.
-# 2. **Remember.** On the retain set alone, under a little noise, the network is brought back to the original's outputs.
-#    What it knew of the retain set returns; what it knew of the forget set alone does not.
+# 2. **Remember.** On the retain set only, with a little noise added, the network is trained to give the original's outputs
+#    again. What it knew about the retain set returns; what it knew only from the forget set does not.
 #
-# Every run breaks other tensors, so the 512 networks differ from one another as 512 retrained networks do. That
-# difference matters: the competition's score compares the two sets of networks.
+# Every run re-initialises different tensors, so the 512 networks differ from one another as 512 retrained networks do. This
+# diversity matters: the competition's score compares the two sets of networks.
 #
-# **To use it:** change the values under *Hyperparameters*, run everything. On Kaggle (accelerator **GPU T4 x2**, internet
-# off) it writes `submission.zip`; beside the kit it scores the method on this machine instead.
+# **To use it:** change the values under *Hyperparameters* and run everything. On Kaggle (accelerator **GPU T4 x2**, internet
+# off) the notebook writes `submission.zip`; in the kit's folder it scores the method on this machine instead.
 
 # %%
 import matplotlib.pyplot as plt
@@ -59,7 +59,7 @@ draw_method()
 
 # %% [markdown]
 # ## Hyperparameters
-# The values that decide what is submitted, and what `python evaluate.py notebooks/submission.ipynb` scores.
+# These values are used for the submission, and by `python evaluate.py notebooks/submission.ipynb`.
 
 # %%
 #: hyperparameters
@@ -67,8 +67,8 @@ draw_method()
 
 # %% [markdown]
 # ## The method
-# `unlearning.py` of the kit, unchanged. (Cells that begin with `#:` also run in the processes that do the work, one a GPU;
-# a cell of your own that `unlearning` needs must begin so too.)
+# The kit's `unlearning.py`, unchanged. (Cells that begin with `#:` also run in the worker processes, one per GPU. If
+# `unlearning` needs a cell of your own, begin that cell with `#:` too.)
 
 # %%
 #: method
@@ -81,8 +81,8 @@ unlearning.__defaults__ = (config,)
 
 # %% [markdown]
 # ## The submission
-# 512 runs, each with its own seed, from `original_model.pth` to a float16 checkpoint, on every GPU at once. A restart
-# goes on where it was: whole checkpoints are kept, others are made again.
+# 512 runs, each with its own seed, from `original_model.pth` to a float16 checkpoint, on all GPUs at once. After a restart
+# it resumes: complete checkpoints are kept, the others are made again.
 
 # %%
 #: the competition's files
@@ -465,10 +465,9 @@ else:
 
 # %% [markdown]
 # ## The score on this machine
-# Where the kit is at hand (this notebook lies in it), the method as it stands in this notebook is scored as the competition
-# does it, on a small data set and with few runs: the histograms of the confidence in the true class should look like
-# those of the retrained networks. Never compare scores of different numbers of runs, and
-# tune for a data set on that data set.
+# If this notebook is in the kit's folder, the method as it stands here is scored with the competition's metric, on a small
+# data set and with few runs. The histograms of the confidence in the true class should look like those of the retrained
+# networks. Never compare scores from different numbers of runs, and tune on the data set that you want to score on.
 
 # %%
 LOCAL_DATA = os.environ.get("REHEARSAL_DATA", "digits")

@@ -3,8 +3,8 @@
     python notebooks/submit.py --dry-run            check everything, print every command, send nothing
     python notebooks/submit.py -m "8 tensors"       do it
 
-The run that the upload starts only checks the notebook (the competition puts empty.txt into its input and takes an empty
-zip); the 512 networks are made when Kaggle runs the submitted version again. Everything goes through Kaggle's own command.
+The run that the upload starts only checks the notebook (the competition puts empty.txt into its input and accepts an empty
+zip). The 512 networks are made when Kaggle runs the submitted version again. Everything goes through Kaggle's own command.
 """
 
 import argparse
@@ -83,7 +83,7 @@ def check_notebook(path: Path) -> None:
     }
     foreign = sorted(imported - ON_KAGGLE - KIT - set(sys.stdlib_module_names))
     if foreign:
-        raise Problem(f"{path}: imports {', '.join(foreign)}, which is neither in this one file nor counted on at Kaggle")
+        raise Problem(f"{path}: imports {', '.join(foreign)}, which is neither in this file nor expected on Kaggle")
     defined = {node.name for tree in trees for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
     for name in ("Config", "unlearning", "make_submission"):
         if name not in defined:
@@ -106,7 +106,7 @@ def kaggle(*arguments: str) -> str:
 
 
 def user_name() -> str:
-    """Of the account that Kaggle's command would use."""
+    """The name of the account that Kaggle's command would use."""
     found = re.search(r"^- username: (\S+)$", kaggle("config", "view"), re.MULTILINE)
     if found is None or found[1] == "None":
         raise Problem(NO_CREDENTIALS)
@@ -114,7 +114,7 @@ def user_name() -> str:
 
 
 def push(folder: Path) -> str:
-    """Upload; returns the version's number. The command exits with 0 also where Kaggle refused."""
+    """Upload; returns the version number. The command exits with 0 even when Kaggle refuses the upload."""
     said = kaggle("kernels", "push", "-p", str(folder))
     version = re.search(r"Kernel version (\d+) successfully pushed", said)
     if version is None or "not valid" in said:
@@ -124,7 +124,7 @@ def push(folder: Path) -> str:
 
 
 def wait_for(kernel: str, seconds: float) -> None:
-    """Until the run is complete. Raises Problem when it fails."""
+    """Wait until the run is complete. Raises Problem when it fails."""
     status = ""
     while status != "COMPLETE":
         said = kaggle("kernels", "status", kernel)
@@ -143,7 +143,7 @@ def wait_for(kernel: str, seconds: float) -> None:
 def submit(message: str, staging: Path, seconds: float, dry_run: bool) -> None:
     notebook = HERE / "submission.ipynb"
     if notebook.exists() and build.edited(notebook):
-        print(f"{notebook} was edited by hand: it is submitted as it is")
+        print(f"{notebook} was edited by hand; it is submitted as it is")
     else:
         build.write("submission")
     check_notebook(notebook)
@@ -164,7 +164,7 @@ def submit(message: str, staging: Path, seconds: float, dry_run: bool) -> None:
         return ["competitions", "submit", COMPETITION, "-f", "submission.zip", "-k", kernel, "-v", version, "-m", message]
 
     if dry_run:
-        print("would run, where VERSION is what the first prints and the second is repeated until it says COMPLETE:")
+        print("would run (VERSION is printed by the first command; the second is repeated until it says COMPLETE):")
         push_it, ask = ["kernels", "push", "-p", str(staging)], ["kernels", "status", kernel]
         for arguments in (push_it, ask, command("VERSION")):
             print(f"  kaggle {shlex.join(arguments)}")
@@ -175,12 +175,12 @@ def submit(message: str, staging: Path, seconds: float, dry_run: bool) -> None:
     if "Could not" in said:
         raise Problem(f"kaggle competitions submit: {' '.join(said.split())}")
     print(said)
-    print(f"see: kaggle competitions submissions {COMPETITION}")
+    print(f"to see its score: kaggle competitions submissions {COMPETITION}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("-m", "--message", default="forget and remember", help="what to call the submission")
+    parser.add_argument("-m", "--message", default="forget and remember", help="the submission's description")
     parser.add_argument("--dry-run", action="store_true", help="check, and print the commands instead of running them")
     parser.add_argument("--every", type=float, default=60, metavar="SECONDS", help="how often to ask how the run goes")
     parser.add_argument("--staging", type=Path, default=Path("results/kaggle"), help="the folder that is pushed")
@@ -190,7 +190,7 @@ def main() -> None:
     except Problem as problem:
         sys.exit(f"error: {problem}")
     except KeyboardInterrupt:
-        sys.exit("\ninterrupted; a run that was pushed goes on at Kaggle")
+        sys.exit("\ninterrupted; a run that was already pushed continues on Kaggle")
 
 
 if __name__ == "__main__":

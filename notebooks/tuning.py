@@ -7,8 +7,8 @@
 # %% [markdown]
 # # Change a value, see what it does
 #
-# Edit the next cell and run everything: about a minute at 64 runs of the digits (the retrained networks are made once and
-# kept). The table keeps every try; the figures show the last one beside the one before it. The notebook for Kaggle is
+# Edit the next cell and run everything: about a minute for 64 runs on the digits (the retrained networks are made once and
+# kept). The table keeps every try; the figures show the last try beside the previous one. The notebook for Kaggle is
 # `submission.ipynb`.
 
 # %%
@@ -37,10 +37,10 @@ tries.add(kit / method, changes)
 display(tries.table.drop(columns="kept in").round(4))
 
 # %% [markdown]
-# How to read the figures: the histograms should look like those of the retrained networks, on the forget set and on the
-# retain set. In the epsilon histogram a bar is worth half of the bar to its left, so examples should move to the left. At 64
-# runs scores scatter: trust large steps only, never compare scores of different numbers of runs, and report what you chose
-# on the `private` split with 512.
+# How to read the figures: on the forget set and on the retain set, the histograms should look like those of the retrained
+# networks. In the epsilon histogram an example is worth half as much in each further bar, so examples should move to the
+# left. At 64 runs scores are noisy: trust large differences only, never compare scores from different numbers of runs, and
+# report your final choice on the `private` split with 512 runs.
 
 # %%
 for figure in tries.figures():
