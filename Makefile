@@ -49,7 +49,7 @@ submit: $(VENV)/.ready-dev
 	$(RUN) notebooks/submit.py $(if $(DRY),--dry-run)
 
 test: $(VENV)/.ready-dev lint
-	$(RUN) -m pytest -q
+	$(RUN) -m pytest -q -n auto --dist worksteal
 
 lint: $(VENV)/.ready-dev
 	$(RUN) -m ruff check .

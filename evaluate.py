@@ -5,8 +5,8 @@
     python evaluate.py --checkpoints submission.zip --runs 8          networks that exist already
     python evaluate.py --runs 64                a first impression in two minutes (never compare scores across --runs)
 
-Everything finished is kept under --results: the same command goes on where it was interrupted, and redoes only what
-other data, another recipe, other code or other hyperparameters would change.
+Everything finished is kept under --results: the same command resumes where it was interrupted, and redoes only what a
+change of data, recipe, code or hyperparameters affects.
 """
 
 import ast
@@ -15,7 +15,7 @@ from pathlib import Path
 
 from evaluator import processes
 
-if __name__ == "__main__":  # before torch is imported here, which takes as long there
+if __name__ == "__main__":  # before torch is imported here: the server imports it at the same time
     processes.start_server()
 
 from evaluator import command, report
@@ -33,7 +33,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("methods", nargs="*", metavar="METHOD", help="a .py file or an .ipynb notebook with unlearning()")
     what = parser.add_argument_group("what is scored")
     what.add_argument("--checkpoints", type=Path, metavar="ZIP", help="a submission.zip with one checkpoint per run")
-    what.add_argument("--preset", help="a key of the methods' PRESETS (default: the data set's name where there is one)")
+    what.add_argument("--preset", help="a key of the methods' PRESETS (default: the data set's name, if there is one)")
     what.add_argument("--tuned", action="store_true", help="use the values that `make tune` found for the data set")
     what.add_argument("--set", nargs="+", default=[], metavar="FIELD=VALUE", help="Config fields of the METHODs")
     args = parser.parse_args(arguments)
@@ -48,7 +48,7 @@ def evaluate(args) -> None:
         for method in methods:
             before = read_json(evaluation.results / method.name / "summary.json").get("path", str(method.path))
             if before != str(method.path):
-                print(f"{method.name}: takes the place of the results of {before}", file=sys.stderr)
+                print(f"{method.name}: replaces the results of {before}", file=sys.stderr)
             summaries.append(evaluation.score(method))
             report.draw_figures(evaluation, method)
         if not args.attacks:
@@ -64,7 +64,7 @@ def evaluate(args) -> None:
 
 
 def methods_of(args, data_name: str) -> list[Method | Checkpoints]:
-    """What is scored. Raises Problem when one cannot be read, or two have the same name."""
+    """The methods to score. Raises Problem when one cannot be read, or two have the same name."""
     given = args.methods or args.checkpoints
     methods = [] if given else [NO_UNLEARNING]
     if args.checkpoints:
@@ -76,7 +76,7 @@ def methods_of(args, data_name: str) -> list[Method | Checkpoints]:
     names = {}
     for method in methods:
         if method.name in names:
-            raise Problem(f"{names[method.name]} and {method.path}: have the same name; rename one, or score them apart")
+            raise Problem(f"{names[method.name]} and {method.path}: have the same name; rename one or score them separately")
         names[method.name] = method.path
     return methods
 

@@ -1,8 +1,8 @@
-"""What else can be asked of the same confidences: membership-inference attacks that papers report, beside the score.
+"""Further membership-inference attacks on the same confidences, as papers report them, beside the score.
 
-Each attack is a function (unlearned, retrained) -> [examples]: confidences [runs, examples] of N networks of each kind, and
-for each forget example how well the attack tells them apart. None of them enters the score. Add one to ATTACKS, and it is
-in `evaluate.py --attacks` and in examples.csv.
+Each attack is a function (unlearned, retrained) -> [examples]: it gets the confidences [runs, examples] of N networks of
+each kind, and returns for each forget example how well it tells them apart. None enters the score. An attack added to
+ATTACKS is run by `evaluate.py --attacks`, which prints its mean and adds it to examples.csv.
 """
 
 import warnings
@@ -13,14 +13,14 @@ import torch
 from torch import Tensor
 
 FALSE_POSITIVE_RATE = 0.01
-SPLITS = 10  # of the cross-validation, the starting kit's number
+SPLITS = 10  # of the cross-validation, as in the starting kit
 
 
 def auc(unlearned: Tensor, retrained: Tensor) -> Tensor:
     """Area under the ROC curve of "unlearned networks are more confident", or of its opposite where that is larger.
 
-    The share of pairs (one network of each kind) that are in this order, ties counted half: the Mann-Whitney statistic
-    divided by N². 0.5 is guessing, 1 is telling all apart.
+    The share of pairs (one network of each kind) in this order, with ties counted half: the Mann-Whitney statistic divided
+    by N². 0.5 is guessing, 1 is perfect separation.
     """
     ours, theirs = (side.double().T.contiguous() for side in (unlearned, retrained))  # [examples, runs]
     theirs = theirs.sort().values
@@ -44,20 +44,20 @@ def tpr_at_low_fpr(unlearned: Tensor, retrained: Tensor) -> Tensor:
 
 
 def logistic_regression(unlearned: Tensor, retrained: Tensor) -> Tensor:
-    """Accuracy of a logistic regression on the confidence, cross-validated over the networks: the competition's starting
-    kit's attack (https://github.com/unlearning-challenge/starting-kit), which it ran on losses. 0.5 is guessing.
+    """Accuracy of a logistic regression on the confidence, cross-validated over the networks: the attack of the
+    competition's starting kit (https://github.com/unlearning-challenge/starting-kit), there on losses. 0.5 is guessing.
 
     Needs at least 2 networks of each kind to learn from and one to test on.
     """
-    from sklearn.linear_model import LogisticRegression  # here: every command would wait a second for it
+    from sklearn.linear_model import LogisticRegression  # here, as it takes a second to import
     from sklearn.model_selection import StratifiedShuffleSplit, cross_val_score
 
     sides = torch.cat([unlearned, retrained]).double().cpu().numpy()
     labels = np.repeat([0, 1], len(unlearned))
     folds = StratifiedShuffleSplit(SPLITS, test_size=max(2, len(labels) // 10), random_state=0)
-    model = LogisticRegression(solver="newton-cholesky")  # the fastest of the exact ones for a single feature
+    model = LogisticRegression(solver="newton-cholesky")  # the fastest exact solver for a single feature
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of a regression that has not converged: its accuracy is what is asked for
+        warnings.simplefilter("ignore")  # convergence warnings: only the accuracy matters
         accuracies = [cross_val_score(model, column[:, None], labels, cv=folds).mean() for column in sides.T]
     return torch.tensor(accuracies, dtype=torch.float64, device=unlearned.device)
 

@@ -1,4 +1,4 @@
-"""Unlearned networks that exist already: the checkpoints in a submission.zip, scored like runs of a method."""
+"""Existing unlearned networks: the checkpoints in a submission.zip, scored like runs of a method."""
 
 import copy
 import hashlib
@@ -29,7 +29,7 @@ class Checkpoints:
 
     @classmethod
     def read(cls, path: Path, runs: int) -> "Checkpoints":
-        """Raises Problem unless the zip is whole and holds exactly `runs` checkpoints."""
+        """Raises Problem unless the zip is complete and holds exactly `runs` checkpoints."""
         try:
             with zipfile.ZipFile(path) as archive:
                 listed = [entry for entry in archive.infolist() if not entry.is_dir()]
@@ -46,13 +46,13 @@ class Checkpoints:
             one = (
                 f"; unlearned_checkpoint_{odd[0]}.pth is {'not expected' if odd[0] in entries else 'missing'}" if odd else ""
             )
-            raise Problem(f"{path}: holds {len(listed)} files, --runs {runs} needs exactly {runs} checkpoints{one}")
+            raise Problem(f"{path}: holds {len(listed)} files; --runs {runs} needs exactly {runs} checkpoints{one}")
         digest = hashlib.sha256(repr(sorted((e.filename, e.file_size, e.CRC) for e in listed)).encode()).hexdigest()
         return cls(Path(path), entries, digest)
 
     config: ClassVar[dict] = {}
     ensemble: ClassVar[bool] = False
-    timed: ClassVar[bool] = False  # of networks that exist already nobody knows what they took
+    timed: ClassVar[bool] = False  # nobody knows what existing networks cost
 
     @property
     def name(self) -> str:

@@ -1,4 +1,4 @@
-"""What all commands share: their options, and how they end."""
+"""What all commands share: options, and how they end."""
 
 import argparse
 import signal
@@ -10,11 +10,11 @@ from evaluator.evaluation import Evaluation
 from evaluator.files import Problem, one_line
 
 OPTIONS = {
-    "data": dict(default="digits", help="a name under data/, or any folder in that layout (default: digits)"),
+    "data": dict(default="digits", help="a name under data/, or any folder with the same layout (default: digits)"),
     "split": dict(default="public", help="public (tune on this one) or private (report on this one)"),
-    "runs": dict(type=int, default=512, help="N, networks of each kind (default: %(default)s)"),
-    "second-pool": dict(action="store_true", help="measure the ceiling with N further retrained networks"),
-    "attacks": dict(action="store_true", help="print other membership-inference attacks beside the score"),
+    "runs": dict(type=int, default=512, help="N, the number of networks of each kind (default: %(default)s)"),
+    "second-pool": dict(action="store_true", help="measure the ceiling, with N more retrained networks"),
+    "attacks": dict(action="store_true", help="also run other membership-inference attacks and print them beside the score"),
     "jobs": dict(type=int, help="processes (default: one per core, or one on the GPU)"),
     "device": dict(default="auto", help="cpu, cuda, or auto: a GPU where one works (default)"),
     "time-limit": dict(type=float, metavar="SECONDS", help="stop with an error when a run takes longer"),
@@ -25,7 +25,7 @@ EVERYWHERE = ("data", "runs", "jobs", "device", "results")
 
 
 def parser(documentation: str, *options: str, **defaults: object) -> argparse.ArgumentParser:
-    """A parser with the options that every command has, and further ones of OPTIONS. defaults: other ones than there."""
+    """A parser with the options that every command has, and others named in OPTIONS. defaults: replace those given there."""
     made = argparse.ArgumentParser(description=documentation, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, how in OPTIONS.items():
         if name in (*EVERYWHERE, *options):
@@ -35,13 +35,13 @@ def parser(documentation: str, *options: str, **defaults: object) -> argparse.Ar
 
 
 def evaluation(args: argparse.Namespace, **values: object) -> Evaluation:
-    """The Evaluation that a command's options ask for; values: of those that the command fixes itself."""
+    """The Evaluation that a command's options ask for; values: options that the command sets itself."""
     asked = {name.replace("-", "_"): getattr(args, name.replace("-", "_"), None) for name in OPTIONS}
     return Evaluation.of(**{name: value for name, value in (asked | values).items() if value is not None})
 
 
 def run(command: Callable[[], None]) -> int:
-    """Run a command; returns its exit code. What goes wrong is one line on stderr, and nothing finished is lost."""
+    """Run a command; returns its exit code. An error is one line on stderr, and nothing finished is lost."""
     stops = {getattr(signal, name): name for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)}
     try:
         before = {number: signal.signal(number, _stop) for number in stops}
@@ -60,7 +60,7 @@ def run(command: Callable[[], None]) -> int:
     except (KeyboardInterrupt, _Stopped) as stop:
         number = stop.args[0] if isinstance(stop, _Stopped) else signal.SIGINT
         how = f"stopped by {stops[number]}" if number in stops else "interrupted"
-        print(f"\n{how}; what was finished is kept, the same command goes on from there", file=sys.stderr)
+        print(f"\n{how}; what was finished is kept, and the same command resumes from there", file=sys.stderr)
         return 128 + number
     finally:
         for number, handler in before.items():
@@ -68,7 +68,7 @@ def run(command: Callable[[], None]) -> int:
 
 
 class _Stopped(BaseException):
-    """Somebody ended the command."""
+    """The command was ended by a signal."""
 
 
 def _stop(number: int, _) -> None:

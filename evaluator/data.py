@@ -26,10 +26,10 @@ from evaluator.files import Problem, one_line
 
 COLUMNS = ["image_id", "age_group", "age", "person_id"]
 TENSORS = ("images", "age_group", "age", "person_id")
-LARGEST_IMAGE = 1024  # pixels a side
-PIXELS = ("1", "L", "LA", "P", "RGB", "RGBA")  # modes that Pillow makes RGB; it cuts 16-bit grey off at 255
+LARGEST_IMAGE = 1024  # pixels per side
+PIXELS = ("1", "L", "LA", "P", "RGB", "RGBA")  # modes that Pillow converts to RGB; it would clip 16-bit grey at 255
 
-# What a value may be: in words, and as a test. Files that people write are checked against tables of these.
+# What a value may be: in words, and as a test. Files written by users are checked against tables of these.
 Allowed = tuple[str, Callable[[object], bool]]
 
 
@@ -47,7 +47,7 @@ def one_of(*values: str) -> Allowed:
 
 BOOLEAN: Allowed = ("true or false", lambda value: type(value) is bool)
 NAME: Allowed = (
-    "made of letters (a-z), digits, '.', '_' and '-', beginning with a letter or digit, at most 100 long",
+    "made of letters (a-z, A-Z), digits, '.', '_' and '-', beginning with a letter or digit, at most 100 characters",
     lambda value: isinstance(value, str) and re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", value) is not None,
 )
 DATASET: dict[str, Allowed] = {
@@ -62,7 +62,7 @@ def check(values: Mapping[str, object], allowed: Mapping[str, Allowed], where: o
     """Raise a Problem that begins with `where` and names the first value that is not allowed, or not known at all."""
     for field, value in values.items():
         if field not in allowed:
-            raise Problem(f"{where}: {reprlib.repr(field)} is unknown; allowed: {_listed(allowed)}")
+            raise Problem(f"{where}: {reprlib.repr(field)} is unknown; allowed are {_listed(allowed)}")
         words, test = allowed[field]
         if not test(value):
             raise Problem(f"{where}: {field} is {reprlib.repr(value)}, it must be {words}")
@@ -86,7 +86,7 @@ class Examples(Dataset):
         return len(self.image_ids)
 
     def __getitem__(self, index: int) -> dict:
-        """One sample as the competition's data set gives it: `image` is [3, H, W] float32 within 0..255."""
+        """One sample as the competition's data set gives it: `image` is [3, H, W] float32 from 0 to 255."""
         return {
             "image": self.images[index].float(),
             "image_id": self.image_ids[index],
@@ -96,7 +96,7 @@ class Examples(Dataset):
         }
 
     def batch(self, indices: Tensor) -> dict:
-        """What collating the samples of `indices` gives, from one indexing operation."""
+        """The same as collating the samples of `indices`, by one indexing operation."""
         return {
             "image": self.images[indices].float(),
             "image_id": [self.image_ids[index] for index in indices.tolist()],
@@ -106,7 +106,7 @@ class Examples(Dataset):
         }
 
     def equals(self, other: "Examples") -> bool:
-        """Whatever a user's code may have put in a tensor's place."""
+        """Also if a user's code has put something else in a tensor's place."""
 
         def same(mine: object, theirs: Tensor) -> bool:
             kind = getattr(mine, "dtype", None), getattr(mine, "device", None)
@@ -132,10 +132,10 @@ class Examples(Dataset):
 
 
 class Loader(DataLoader):
-    """A DataLoader over `Examples`, shuffled anew each epoch, whose batches are indexed straight out of memory.
+    """A DataLoader over `Examples`, shuffled anew each epoch, whose batches are indexed directly from memory.
 
-    generators: the source of the order; with K of them a batch is K members' batches one after the other, each member
-    with an order of its own (see evaluator.ensemble). None stands for torch's global generator.
+    generators: the source of the order; with K of them a batch is K members' batches one after another, each member
+    with its own order (see evaluator.ensemble). None stands for torch's global generator.
     """
 
     def __init__(
@@ -193,13 +193,13 @@ class Data:
 
     @property
     def digest(self) -> str:
-        """Of all that a result can depend on beside the recipe."""
+        """Of everything that a result can depend on, except the recipe."""
         parts = (self.retain, self.forget, self.validation, self.held_out)
         content = [*(part.digest for part in parts), self.classes, self.class_counts.tolist()]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
     def to(self, device: torch.device | str) -> "Data":
-        """The same data there; what is there already is shared, not copied."""
+        """The same data on a device; tensors that are already there are shared, not copied."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         return replace(self, **{name: value.to(device) for name, value in values.items() if hasattr(value, "to")})
 
@@ -215,11 +215,11 @@ def load(folder: Path | str, split: str = "public", device: torch.device | str =
         raise Problem(f"{folder}: no such data folder{hint}")
     described = folder / "dataset.json"
     if not os.path.lexists(described) and not os.path.exists(folder / "retain.csv"):
-        raise Problem(f"{folder}: neither dataset.json nor retain.csv is there; see data/README.md for the layout")
+        raise Problem(f"{folder}: has neither dataset.json nor retain.csv; see data/README.md for the layout")
     dataset = _read_json(described) if os.path.lexists(described) else {}
     check(dataset, DATASET, described)
     name = dataset.get("name", folder.resolve().name)
-    check({"name": name}, DATASET, f"{folder}: no name in dataset.json, so the folder's is taken")
+    check({"name": name}, DATASET, f"{folder}: no name in dataset.json, so the folder's is used")
     check({"split": split}, {"split": NAME}, folder)
     class_counts = _read_class_counts(folder / "age_class_weights.json", dataset.get("classes"))
 
@@ -242,7 +242,7 @@ def load(folder: Path | str, split: str = "public", device: torch.device | str =
         both = tables[part].keys() & tables[other].keys()
         if part != other and both:
             first = min(tables[part][image][0] for image in both)
-            raise Problem(f"{files[part]}: {len(both)} images are in {files[other].name} too, the first is {first}")
+            raise Problem(f"{files[part]}: {len(both)} images are also in {files[other].name}; the first is {first}")
     size = (dataset["image_size"],) * 2 if "image_size" in dataset else None
     sets: dict[str, Examples | None] = {"test": None}
     for part, table in tables.items():
@@ -275,7 +275,7 @@ def _read_json(path: Path) -> dict:
         content = {}
         for key, value in pairs:
             if key in content:
-                raise ValueError(f"{reprlib.repr(key)} is there twice")
+                raise ValueError(f"duplicate key {reprlib.repr(key)}")
             content[key] = value
         return content
 
@@ -290,7 +290,7 @@ def _read_json(path: Path) -> dict:
 
 
 def _read_class_counts(path: Path, classes: int | None) -> Tensor:
-    """[classes] float32; without a number of classes, that of the labels listed."""
+    """[classes] float32; classes: None means as many as there are labels."""
     counts = _read_json(path)
     if classes is None:
         classes = len(counts)
@@ -305,7 +305,7 @@ def _image_path(image_id: str) -> str:
 
 
 def _read_table(path: Path, images: Path, classes: int) -> dict[str, list]:
-    """Each row's values as in COLUMNS, by the image file that it stands for; in the order of the image paths."""
+    """Image file -> its row's values as in COLUMNS, in the order of the image paths."""
     whole = ("an integer of at most 18 digits", lambda value: type(value) is int)
     allowed = {"image_id": NAME, "age_group": integer(0, classes - 1), "age": whole, "person_id": whole}
     rows, root = {}, os.path.join(os.path.realpath(images), "")
@@ -316,7 +316,7 @@ def _read_table(path: Path, images: Path, classes: int) -> dict[str, list]:
             if header.count(column) != 1:
                 found = "more than one" if column in header else "no"
                 raise Problem(f"{path}: {found} column '{column}'; its columns are {_listed(header)}")
-        for cells in filter(None, reader):  # blank lines are nothing
+        for cells in filter(None, reader):  # blank lines are skipped
             where = f"{path}: row {reader.line_num}"
             if len(cells) != len(header):
                 raise Problem(f"{where}: {len(cells)} fields, the first row has {len(header)}")
@@ -325,21 +325,21 @@ def _read_table(path: Path, images: Path, classes: int) -> dict[str, list]:
             check(row, allowed, where)
             image = os.path.realpath(images / _image_path(row["image_id"]))
             if not image.startswith(root):
-                raise Problem(f"{where}: {images / _image_path(row['image_id'])} is a link that leads out of {images}")
+                raise Problem(f"{where}: {images / _image_path(row['image_id'])} is a link to a place outside {images}")
             if image in rows:
                 before = rows[image][0]
-                raise Problem(f"{where}: image_id {row['image_id']!r} is listed twice, before as {before!r}")
+                raise Problem(f"{where}: image_id {row['image_id']!r} is listed twice, the first time as {before!r}")
             rows[image] = list(row.values())
     except csv.Error as error:
         raise Problem(f"{path}: row {reader.line_num}: not a readable CSV file ({one_line(error)})") from error
     if not rows:
-        raise Problem(f"{path}: empty, it lists no image")
+        raise Problem(f"{path}: empty: it lists no image")
     # The competition uses the rows sorted by image path.
     return dict(sorted(rows.items(), key=lambda item: _image_path(item[1][0])))
 
 
 def _number(text: str) -> int | str:
-    """What a CSV file's number is, or the text where it is none. Pandas writes 3.0 where a column has gaps."""
+    """A CSV field as an integer, or the text if it is not one. Pandas writes 3.0 when a column has gaps."""
     match = re.fullmatch(r" *(-?[0-9]{1,18})(\.0*)? *", text)
     return int(match[1]) if match else text
 
@@ -349,7 +349,7 @@ def _read_examples(table: dict[str, list], folder: Path, size: Sequence[int] | N
     image_ids, *numbers = map(list, zip(*table.values(), strict=True))
     images = []
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Pillow's, of what is read all the same
+        warnings.simplefilter("ignore")  # Pillow's, about images that it reads all the same
         for path in (folder / _image_path(image_id) for image_id in image_ids):
             images.append(_read_image(path))
             height, width = images[-1].shape[1:]
@@ -366,9 +366,9 @@ def _read_image(path: Path) -> Tensor:
     try:
         with Image.open(path, formats=["PNG", "JPEG"]) as image:
             if max(image.size) > LARGEST_IMAGE:
-                raise ValueError(f"{image.width}x{image.height} pixels, at most {LARGEST_IMAGE} a side are read")
+                raise ValueError(f"{image.width}x{image.height} pixels, at most {LARGEST_IMAGE} per side are allowed")
             if image.mode not in PIXELS:
-                raise ValueError(f"pixels of the kind {image.mode}, only those of 8 bits a colour are read")
+                raise ValueError(f"pixel mode {image.mode}; only 8 bits per channel are allowed")
             return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).contiguous()
     except Exception as error:  # Pillow raises many kinds for a damaged file
         raise Problem(f"{path}: not a readable image ({one_line(error)})") from error

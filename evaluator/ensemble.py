@@ -32,7 +32,7 @@ class JointConv2d(nn.Conv2d):
     """K convolutions as one with K groups. Input [B, K·C, H, W]."""
 
     def forward(self, x):
-        # On a map no larger than the kernel's reach most taps of a padded 3x3 convolution only meet zeros; leaving them
+        # On a map no larger than the kernel's reach, most taps of a padded 3x3 convolution only see zeros; leaving them
         # out is exact and saves up to 8/9 of the work (the last stage of a ResNet-18 on 8x8 images works on 1x1 maps).
         if self.kernel_size == (3, 3) and self.padding == (1, 1) and self.dilation == (1, 1):
             if x.shape[2:] == (1, 1):
@@ -120,7 +120,7 @@ class Ensemble(nn.Module):
                 tensor.data = part.view(size, -1, *part.shape[1:])[k] if tensor.dim() else part[k]
             self.members.append(member)
 
-    # What torch.nn.Module finds by name, it finds through these two.
+    # torch.nn.Module looks everything up by name through these two.
     def named_modules(self, *args, **kwargs):
         return self.network.named_modules(*args, **kwargs)
 

@@ -29,10 +29,10 @@ MOST_RUNS, MOST_JOBS = 5000, 256  # the metric's table of N² epsilons takes 200
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One data set under one split, with N networks of each kind. What it is asked for is read where it is kept already.
+    """One data set under one split, with N networks of each kind. Whatever is already kept is read instead of made.
 
     The data are read once, when they are first needed. runs: N. second_pool: measure the ceiling with N further retrained
-    networks instead of estimating it. attacks: also those beside the score (see evaluator.attacks).
+    networks instead of estimating it. attacks: also run those of evaluator.attacks.
     """
 
     folder: Path  # of the data
@@ -61,7 +61,7 @@ class Evaluation:
         Raises Problem when a value cannot be used.
         """
         if not 2 <= runs <= MOST_RUNS:
-            raise Problem(f"--runs {runs}: the metric compares distributions of 2 to {MOST_RUNS} runs")
+            raise Problem(f"--runs {runs}: must be 2 to {MOST_RUNS} runs")
         if jobs is not None and not 1 <= jobs <= MOST_JOBS:
             raise Problem(f"--jobs {jobs}: must be 1 to {MOST_JOBS} processes")
         if time_limit is not None and not time_limit > 0:
@@ -90,14 +90,14 @@ class Evaluation:
 
     @contextmanager
     def alone(self):
-        """Nobody else works on these results meanwhile: another evaluation waits, and then finds what this one made."""
+        """Nobody else works on these results meanwhile: another evaluation waits, and then finds what this one has made."""
         try:
             self.results.mkdir(parents=True, exist_ok=True)
             lock = filelock.FileLock(self.results / ".lock", is_singleton=True)
             try:
                 lock.acquire(blocking=False)
             except filelock.Timeout:
-                print(f"waiting for another evaluation that works on {self.results}", file=sys.stderr, flush=True)
+                print(f"waiting for another evaluation that is using {self.results}", file=sys.stderr, flush=True)
                 lock.acquire()
         except OSError as error:
             raise Problem(f"{self.results}: cannot be written ({error.strerror or error})") from error
@@ -107,7 +107,7 @@ class Evaluation:
             lock.release()
 
     def original(self) -> nn.Module:
-        """The network to unlearn from; trained, where the data folder has none."""
+        """The network to unlearn from; trained if the data folder has none."""
         with self.alone(), stage("original network"):
             return original_network(self.data.to(self.setting.device), self.recipe).cpu()
 
@@ -118,17 +118,17 @@ class Evaluation:
 
     def unlearned(self, method: Method | Checkpoints) -> Pool:
         """Its runs; those that are missing are made."""
-        original = self.original()  # what makes all methods fail is found first,
-        self.retrained()  # and then what takes longest
+        original = self.original()  # first what would make every method fail,
+        self.retrained()  # then what takes longest
         with self.alone(), stage(f"{self.runs} runs of {method.name}"):
             return unlearned_pool(self.setting, self.data, self.recipe, original, method, self.runs)
 
     def cost(self, method: Method, **how) -> float:
-        """Of one run, as a share of a retraining's. See `runs.cost`."""
+        """The cost of one run as a share of a retraining's. See `runs.cost`."""
         return cost(self.setting, self.data, self.recipe, self.original(), method, **how)
 
     def retraining_seconds(self) -> float:
-        """Of one retraining, alone on one thread."""
+        """The seconds of one retraining, alone on one thread."""
         data = self.data.to(self.setting.device)
         return self.retrained().number(f"seconds_{self.setting.device}", lambda: seconds_of_retraining(data, self.recipe))
 
@@ -151,8 +151,8 @@ class Evaluation:
         return self.unlearned(method).load(range(self.runs)), self.retrained().load(range(self.runs))
 
     def score(self, method: Method | Checkpoints) -> dict:
-        """The summary of a method. Makes the runs that are missing, and works out summary.json and examples.csv anew where
-        they are not of these very runs and of the present scoring code; figures of an earlier summary are removed."""
+        """The summary of a method. Makes the runs that are missing, and rewrites summary.json and examples.csv unless they
+        come from exactly these runs and the present scoring code; figures of an earlier summary are removed."""
         with self.alone():
             unlearned = self.unlearned(method)
             retrained = self.retrained()
@@ -186,7 +186,7 @@ class Evaluation:
                 "device": self.setting.device,
                 "made_of": made_of,
             }
-            # In this order no figure or table ever stands beside another's summary.
+            # In this order, no figure or table is ever beside a summary it does not belong to.
             for old in [folder / "summary.json", *folder.glob("*.png")]:
                 old.unlink(missing_ok=True)
             write_csv(folder / "examples.csv", table)
@@ -194,7 +194,7 @@ class Evaluation:
             return read_json(folder / "summary.json")
 
     def score_of(self, method: Method, runs: range) -> dict:
-        """The score and its parts of some runs, against the retrained networks of the same numbers; nothing is kept."""
+        """The score and its parts for some runs, against the retrained networks with the same numbers; it is not kept."""
         return scoring.score(self.unlearned(method).load(runs), self.retrained().load(runs), self.data)[0]
 
     def group_scores(self, method: Method, size: int) -> list[float]:
@@ -204,7 +204,7 @@ class Evaluation:
 
 
 def _checksum(summary: dict, examples: Path) -> str:
-    """Of a summary and the table that belongs to it."""
+    """A checksum of a summary and the table that belongs to it."""
     content = json.dumps({name: value for name, value in summary.items() if name != "checked"}, sort_keys=True)
     table = examples.read_bytes() if examples.is_file() else b""
     return hashlib.sha256(content.encode() + table).hexdigest()[:12]
@@ -212,7 +212,7 @@ def _checksum(summary: dict, examples: Path) -> str:
 
 @contextmanager
 def stage(name: str):
-    """Prints what took how long, when it took long enough to notice."""
+    """Prints how long a stage took, if it was long enough to notice."""
     start = time.perf_counter()
     yield
     seconds = time.perf_counter() - start
@@ -221,7 +221,7 @@ def stage(name: str):
 
 
 def working_device(wanted: str) -> str:
-    """ "cpu" or "cuda". A GPU is tried with a real operation: torch finds some that it has no kernels for."""
+    """ "cpu" or "cuda". A GPU is tried with a real operation: torch lists some that it has no kernels for."""
     if wanted not in ("auto", "cpu", "cuda"):
         raise Problem(f"--device {wanted}: must be auto, cpu or cuda")
     if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):

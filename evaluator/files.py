@@ -1,4 +1,4 @@
-"""Whole files or none, and errors for the person reading them."""
+"""Files that are complete or absent, and errors written for people."""
 
 import ast
 import contextlib
@@ -14,11 +14,11 @@ if TYPE_CHECKING:
 
 
 class Problem(Exception):
-    """Something the user can put right. Its text is one line: the file, row, run or value, and what to do."""
+    """Something the user can fix. Its text is one line: the file, row, run or value, and what to do."""
 
 
 def one_line(error: BaseException) -> str:
-    """An error's text as part of a Problem's."""
+    """An error's text on one line, as part of a Problem's."""
     return " ".join(str(error).split())[:300] or type(error).__name__
 
 
@@ -53,7 +53,7 @@ def write_json(path: Path, content: dict) -> None:
 
 
 def read_json(path: Path) -> dict:
-    """What `write_json` wrote; empty where there is nothing to read, or something else."""
+    """What `write_json` wrote; empty if the file is missing or holds anything else."""
     try:
         content = json.loads(path.read_text())
     except (OSError, ValueError, RecursionError):
@@ -66,5 +66,5 @@ def write_csv(path: Path, table: "pd.DataFrame") -> None:
 
 
 def code_digest(tree: ast.Module) -> str:
-    """Of code without comments and formatting: of what can change a result."""
+    """A hash of code without comments and formatting: of what can change a result."""
     return hashlib.sha256(ast.dump(tree).encode()).hexdigest()

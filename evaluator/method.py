@@ -1,6 +1,6 @@
-"""A method: found, loaded by content, its Config; the guarded call, and what a run must leave behind.
+"""A method: how it is found and loaded by content, its Config, the guarded call, and what a run must leave behind.
 
-Everything here that runs a user's code does so in a process of its own (see evaluator.processes), which serves one method.
+A user's code runs only in processes of its own (see evaluator.processes); each serves one method.
 """
 
 import ast
@@ -31,7 +31,7 @@ from evaluator.notebook import method_statements
 from evaluator.processes import in_process
 from evaluator.training import Recipe, generators, worker_seconds
 
-# What a method may not leave changed: the next run would not start as this one did.
+# What a method must not leave changed: the next run in the same process would start differently.
 GLOBAL_SETTINGS = {
     "torch's default dtype": torch.get_default_dtype,
     "torch's default device": torch.get_default_device,
@@ -60,7 +60,7 @@ class Method:
     presets: tuple[str, ...] = ()
     search_space: dict = dataclasses.field(default_factory=dict)  # field -> the range or choices in its annotation
     ensemble: bool = False  # whether K networks may be handed over as one
-    digest: str = ""  # of its code and of the files beside it that it reads when imported
+    digest: str = ""  # of its code, and of the files beside it that it reads when imported
 
     @classmethod
     def read(
@@ -68,19 +68,19 @@ class Method:
     ) -> "Method":
         """Read a method file as it is now.
 
-        data_name: the preset of this name is used where there is one. preset: this one is, and must be there. values:
+        data_name: the preset with this name is used if there is one. preset: this preset is used, and must exist. values:
         Config fields set on top. Raises Problem when the file cannot be read or run, has no `unlearning`, or a preset,
         a field or a value cannot be used.
         """
         path = Path(path)
         if path.stem in RESERVED:
-            raise Problem(f"{path}: a method cannot be called {path.stem}, a folder of the results has that name")
+            raise Problem(f"{path}: a method cannot be called {path.stem}: that name is taken by a folder of results")
         found = in_process(_Description(path.resolve(), data_name, values or {}, preset), None, f"{path}: importing it")
         return cls(path, path.stem, **found)
 
     @property
     def made_from(self) -> dict:
-        """What decides a run's result beside its number, the data, the recipe and the original."""
+        """What decides a run's result, apart from its number, the data, the recipe and the original."""
         return {"method": self.digest, "config": self.config}
 
     timed: typing.ClassVar[bool] = True  # whether a run's cost can be measured
@@ -88,7 +88,7 @@ class Method:
     def networks(
         self, original: nn.Module, runs: list[int], data: Data, recipe: Recipe, time_limit: float | None = None
     ) -> tuple[nn.Module, float]:
-        """Make runs of the method: (one network, or an Ensemble with a member for each run; seconds of all together).
+        """Make runs of the method: (one network, or an Ensemble with a member for each run; the seconds they took together).
 
         Raises Problem when the method breaks its contract. To be called in a process that serves this method alone.
         """
@@ -99,7 +99,7 @@ class Method:
             net = copy.deepcopy(original)
         loaded = _load(self.path.resolve())
         if loaded.digest() != self.digest:
-            raise Problem(f"{self.path}: it, or a file it reads, was changed while it was being scored; run again")
+            raise Problem(f"{self.path}: it or a file it reads changed while it was being scored; run again")
         examples = {name: getattr(data, name) for name in ("retain", "forget", "validation")}
         loaders = [Loader(part, recipe.batch_size, getattr(net, "generators", [None])) for part in examples.values()]
         untouched = {name: part.clone() for name, part in examples.items()}
@@ -120,16 +120,16 @@ class Method:
                 raise Problem(f"{who}: unlearning() changed the tensors of the {name} loader")
         late = loaded.read_late()
         if late:
-            raise Problem(f"{who}: unlearning() reads {late}; read it at the top of the file, so that a change of it counts")
+            raise Problem(f"{who}: unlearning() reads {late}; read it at the top of the file, so that edits to it count")
         try:
             return self._checked(net, original, runs), seconds
         except Problem:
             raise
         except Exception as error:
-            raise Problem(f"{who}: what unlearning() left is no network any more: {one_line(error)}") from error
+            raise Problem(f"{who}: what unlearning() left is no longer a usable network: {one_line(error)}") from error
 
     def _checked(self, net: nn.Module, original: nn.Module, runs: list[int]) -> nn.Module:
-        """What the networks' state dicts say, in networks as they were handed over: what a checkpoint would keep."""
+        """The networks' state dicts, loaded into fresh networks: what a checkpoint would keep, and nothing else."""
         members = net.members if isinstance(net, Ensemble) else [net]
         if len(members) != len(runs):
             raise Problem(f"{self.path}: {run_names(runs)}: unlearning() left {len(members)} members")
@@ -138,7 +138,7 @@ class Method:
             state = member.state_dict()
             misfit = state_misfit(original, state)
             if misfit:
-                raise Problem(f"{who}: the network does not fit the original's: {misfit}")
+                raise Problem(f"{who}: the network does not match the original: {misfit}")
             for name, tensor in state.items():
                 if not tensor.isfinite().all():
                     raise Diverged(f"{who}: unlearning() left NaN or infinite values in '{name}'")
@@ -160,7 +160,7 @@ NO_UNLEARNING = Method(None, "no_unlearning", {})
 
 @functools.cache
 def _fresh(original: nn.Module, size: int) -> nn.Module:
-    """A network to load a state dict into, or an Ensemble of `size` such; made once per process, as that takes a while."""
+    """A network to load a state dict into, or an Ensemble of `size` such; made once per process, because that is slow."""
     return Ensemble(original, size) if size else copy.deepcopy(original)
 
 
@@ -173,7 +173,7 @@ def run_names(runs: list[int]) -> str:
 
 @dataclass(frozen=True)
 class _Description:
-    """What `Method.read` asks a new process: a method's fields, as they are there."""
+    """Run by `Method.read` in a new process: reads the method's fields there."""
 
     path: Path
     data_name: str | None
@@ -204,7 +204,7 @@ class _Description:
         return found | {"config": config, "defaults": defaults, "presets": tuple(presets), "search_space": space}
 
     def _chosen(self, module: ModuleType, presets: dict) -> object:
-        """The Config that the method would use here, before single values are set."""
+        """The Config that the method would use here, before individual values are set."""
         if self.path.suffix == ".ipynb" and hasattr(module, "config"):  # a notebook's hyperparameters are those in it
             if self.preset:
                 raise Problem(f"{self.path}: --preset {self.preset}: a notebook is scored with its own values; use --set")
@@ -225,12 +225,12 @@ class _Description:
                 raise Problem(f"{self.path}: Config: {field} is {value!r}, it must be of type {name}")
         try:
             return dataclasses.replace(config, **values)
-        except ValueError as error:  # what its own check says
+        except ValueError as error:  # raised by its own check
             raise Problem(f"{self.path}: {one_line(error)}") from error
 
 
 def _fits(value: object, kind: object) -> bool:
-    """Whether a value has the type of a Config's field, as far as that is a simple one."""
+    """Whether a value has the type of a Config field; types that are not simple are not checked."""
     if kind is float:
         return isinstance(value, int | float) and not isinstance(value, bool)
     if kind is int:
@@ -250,7 +250,7 @@ def _is_plain(value: object) -> bool:
 
 @dataclass
 class _Loaded:
-    """A method's module, the code that was run, and what was read meanwhile."""
+    """A method's module, its code, and the files opened since its import began."""
 
     path: Path
     module: ModuleType
@@ -258,10 +258,10 @@ class _Loaded:
     opened: set[str]  # still growing
 
     def __post_init__(self):
-        self.files = self._files()  # that importing the method reads
+        self.files = self._files()  # read while the method was imported
 
     def _files(self) -> set[Path]:
-        """What was opened under the method's folder: not hidden, not an installed package's, not the kit's, not itself."""
+        """Files opened under the method's folder, except hidden ones, installed packages, the kit and the method itself."""
         folder, kit = self.path.parent, Path(__file__).parent
         elsewhere = [kit, Path(sys.prefix).resolve(), Path(sys.base_prefix).resolve()]
         below = {
@@ -275,8 +275,8 @@ class _Loaded:
         }
 
     def digest(self) -> str:
-        """Of the code and those files. Comments and formatting do not count, and neither do PRESETS that only Config uses:
-        nothing is made anew for what cannot change a result."""
+        """Of the code and those files. Comments and formatting do not count, nor do PRESETS unless the code uses them:
+        what cannot change a result makes no new runs."""
         rest = ast.Module([part for part in self.tree.body if not _is_presets(part)], [])
         used = any(isinstance(node, ast.Name) and node.id == "PRESETS" for node in ast.walk(rest))
         digests = [code_digest(self.tree if used else rest)]
@@ -287,7 +287,7 @@ class _Loaded:
         return hashlib.sha256("\n".join(digests).encode()).hexdigest()
 
     def read_late(self) -> Path | None:
-        """A file that was read since, whose change nobody would notice."""
+        """A file that was first read after the import: edits to it would go unnoticed."""
         return min(self._files() - self.files, default=None)
 
 
@@ -297,7 +297,7 @@ def _is_presets(statement: ast.stmt) -> bool:
 
 @functools.cache
 def _load(path: Path) -> _Loaded:
-    """Import a method from its file's present content; once, as a process serves one method.
+    """Import a method from its file's present content; cached, as a process serves one method.
 
     Raises Problem when there is no such file, it cannot be imported, or has no `unlearning`.
     """
@@ -314,7 +314,7 @@ def _load(path: Path) -> _Loaded:
     else:
         raise Problem(f"{path}: neither a .py file nor an .ipynb notebook")
     # Modules beside the method are found, as when it is run as a script, and compiled from their present source: Python
-    # takes a compiled file it has kept for fresh when the size and the second of the last change are the same.
+    # would trust a cached .pyc if the source's size and modification time (to the second) are unchanged.
     sys.path.insert(0, str(path.parent))
     sys.pycache_prefix, sys.dont_write_bytecode = os.path.join(os.devnull, "none"), True
     opened: set[str] = set()
@@ -331,14 +331,14 @@ def _load(path: Path) -> _Loaded:
 
 
 def _note_read(opened: set[str], event: str, details: tuple) -> None:
-    """Python calls it before a file is opened, among other things."""
+    """An audit hook: Python calls it before it opens a file, among other events."""
     if event == "open" and isinstance(details[0], str | os.PathLike) and not set(details[1] or "r") & set("wax+"):
         opened.add(os.path.abspath(details[0]))
 
 
 @contextlib.contextmanager
 def _guarded(what: str, path: Path, seconds: float | None = None):
-    """Whatever a user's code does within: one Problem that says `what` did it."""
+    """Turns whatever a user's code does wrong within into one Problem that names `what` did it."""
     before = {name: read() for name, read in GLOBAL_SETTINGS.items()}
     try:
         with _alarm(seconds):
@@ -362,7 +362,7 @@ def _described(error: BaseException, path: Path) -> str:
     trace = error.__traceback__
     while trace:
         file = trace.tb_frame.f_code.co_filename
-        if file.startswith(str(path)):  # a notebook's adds the cell
+        if file.startswith(str(path)):  # in a notebook the cell follows
             lines.append(f"{file.removeprefix(str(path))} line {trace.tb_lineno}".strip())
         trace = trace.tb_next
     return f"{type(error).__name__}: {one_line(error)}" + (f" ({lines[-1]})" if lines else "")

@@ -1,7 +1,7 @@
 """The competition's metric: confidences -> epsilon -> forgetting quality F -> score.
 
 Definitions follow the organisers' scorer (google-deepmind/unlearning_evaluation, metric.py, 2024) and their paper
-"Evaluation for the NeurIPS Machine Unlearning Competition". Everything is a float64 tensor, on the device it came on.
+"Evaluation for the NeurIPS Machine Unlearning Competition". Everything is a float64 tensor and stays on its device.
 
 The released scorer compares every confidence with every one of 160,000 thresholds. Here the confidences of an example are
 sorted once and a threshold's true and false positives are counted by binary search; and as the counts alone decide
@@ -18,14 +18,14 @@ from torch import Tensor
 
 DELTA = 1e-5  # of (epsilon, delta)-unlearning
 LARGEST_EPSILON = 50.0
-SMALLEST_RANGE_RATIO = 0.01  # a side this much narrower than the other is told apart without any threshold
+SMALLEST_RANGE_RATIO = 0.01  # of the sides' ranges: below it they are told apart without any threshold
 THRESHOLDS_PER_UNIT = 100
 BUFFER = 2.0  # how far the ends of the intervals reach beyond the narrower side
 LEFT_ENDS = int(2 * BUFFER * THRESHOLDS_PER_UNIT)
 BIN_WIDTH = 0.5  # of epsilon, in H
 TINY = 1e-45  # keeps the logarithm of a probability of 0 finite
 EXAMPLES_AT_ONCE = 8  # bounds memory: about 160,000 intervals per example
-FAMILIES = ("range", "threshold", "interval")  # of attacks; "range": the spreads differ so much that none is needed
+FAMILIES = ("range", "threshold", "interval")  # of attacks; "range": the ranges differ so much that no threshold is needed
 
 
 class Attacks(NamedTuple):
@@ -68,7 +68,7 @@ def best_attacks(
     """The attack that tells unlearned from retrained networks best, for each forget example.
 
     unlearned, retrained: confidences [runs, examples], of the same shape, at least 2 runs.
-    on_progress: called now and then with the number of examples done since the last call.
+    on_progress: called from time to time with the number of examples done since the last call.
     Raises ValueError when the shapes do not fit, a confidence is not finite, or no threshold of an example survives.
     """
     if unlearned.shape != retrained.shape or unlearned.dim() != 2:
@@ -97,7 +97,7 @@ def best_attacks(
     (epsilon, left, right), family = torch.cat(found, dim=1), torch.cat(families)
     ends = torch.stack([unlearned[:, [0, -1]], retrained[:, [0, -1]]])  # [sides, examples, 2]
     ranges = ends[..., 1] - ends[..., 0]
-    told_apart = ranges.amin(0) / ranges.amax(0) < SMALLEST_RANGE_RATIO  # 0/0 is not
+    told_apart = ranges.amin(0) / ranges.amax(0) < SMALLEST_RANGE_RATIO  # 0/0 is NaN, and does not count
     narrower = torch.where((ranges[0] < ranges[1]).unsqueeze(1), ends[0], ends[1])
     epsilon = torch.where(told_apart, LARGEST_EPSILON, epsilon)
     family = torch.where(told_apart, FAMILIES.index("range"), family)
@@ -216,7 +216,7 @@ def _interval(unlearned: Tensor, retrained: Tensor, table: Tensor) -> Tensor:
         return (up_to_right.unsqueeze(2) - below_left).clamp_(min=0)
 
     epsilon = table[inside(positive) * (runs + 1) + inside(negative)]  # [examples, right ends, left ends]
-    # The index of the largest in two steps: one over all 160,000 would take twice as long as finding its value.
+    # Find the index of the largest in two steps: a single search over all 160,000 takes twice as long.
     _, at_right = epsilon.amax(dim=2).max(dim=1, keepdim=True)
     row = at_right.unsqueeze(2).expand(-1, 1, LEFT_ENDS)
     epsilon, at_left = epsilon.gather(1, row).squeeze(1).max(dim=1, keepdim=True)

@@ -1,4 +1,4 @@
-"""The competition's network, torchvision's ResNet-18, at any width; `original_model.pth` in and out."""
+"""The competition's network, torchvision's ResNet-18, at any width; reads and writes `original_model.pth`."""
 
 import hashlib
 from pathlib import Path
@@ -66,7 +66,7 @@ def network_digest(net: nn.Module) -> str:
 def load_network(net: nn.Module, path: Path, content: BinaryIO | None = None) -> None:
     """Read a state dict (float16 or float32) into `net`. Raises Problem naming the file and the tensor that does not fit.
 
-    content: the opened file, where `path` only says what it is called.
+    content: the open file; `path` is then only its name in messages.
     """
     try:
         state = torch.load(content or path, map_location="cpu", weights_only=True)

@@ -1,9 +1,9 @@
-"""Reads the method out of a notebook: what defines `unlearning`, and nothing that only shows or runs something.
+"""Reads the method from a notebook: what defines `unlearning`, and nothing that only shows or runs something.
 
-A notebook has cells that draw, read files and write checkpoints. Of all its top-level statements only those are kept that
+A notebook has cells that draw, read files and write checkpoints. Of its top-level statements, only those are kept that
 `unlearning` needs: definitions, imports and assignments of the names it uses, and of the names that those use. No tags or
-fixed cells are asked for, so a notebook that went through another editor reads the same, and an edited figure, a stored
-output or another text makes no new runs.
+fixed cells are required, so a notebook saved by another editor reads the same, and an edited figure, a stored output or
+changed text makes no new runs.
 """
 
 import ast
@@ -14,7 +14,7 @@ from pathlib import Path
 
 from evaluator.files import Problem
 
-# What the evaluator asks a method for; `config` holds the notebook's hyperparameters.
+# What the evaluator uses of a method; `config` holds the notebook's hyperparameters.
 ASKED_FOR = {"unlearning", "Config", "config", "PRESETS", "ENSEMBLE"}
 IMPORTS = (ast.Import, ast.ImportFrom)
 BLOCKS = (ast.If, ast.Try, ast.For, ast.While, ast.With)
@@ -23,7 +23,7 @@ BLOCKS = (ast.If, ast.Try, ast.For, ast.While, ast.With)
 def method_statements(path: Path) -> list[tuple[int, ast.stmt]]:
     """(number of the code cell from 1, statement) of everything that `unlearning` needs, in the notebook's order.
 
-    Raises Problem when the file is no notebook, a cell is not Python, or nothing defines `unlearning`.
+    Raises Problem when the file is not a notebook, a cell is not Python, or nothing defines `unlearning`.
     """
     statements = [(cell, statement) for cell, source in _code_cells(path) for statement in _parsed(path, cell, source)]
     imported = {name for _, statement in statements if isinstance(statement, IMPORTS) for name in _bound(statement)}
@@ -50,7 +50,7 @@ def _code_cells(path: Path) -> Iterator[tuple[int, str]]:
         lines = "".join(source).splitlines()
         if lines and lines[0].startswith("%%"):  # a cell in another language
             continue
-        # Jupyter's own commands are not Python; their lines stay, so that line numbers do.
+        # Jupyter's own commands are not Python; they become empty lines, so that line numbers stay right.
         yield number, "\n".join("" if line.lstrip().startswith(("%", "!")) else line for line in lines)
 
 

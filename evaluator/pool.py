@@ -1,4 +1,4 @@
-"""What is kept of N networks, on disk: a small file per run, whole or not there, so that any interruption can be resumed."""
+"""What is kept of N networks, on disk: a small file per run, complete or absent, so that a pool can always be resumed."""
 
 import hashlib
 import json
@@ -16,17 +16,17 @@ from evaluator.ensemble import Ensemble
 from evaluator.files import Problem, read_json, write_atomically, write_json
 from evaluator.metric import logit_scaled_confidence
 
-FORMAT = 2  # to be raised when the same things would make other runs, or other values of them were kept
-RETAIN_CONFIDENCES = 1000  # how many retain examples' confidences are kept of a run, at most
-IMAGES_AT_ONCE = 2048  # when networks are asked
+FORMAT = 2  # raise it when the same inputs would give different runs, or different values of a run are kept
+RETAIN_CONFIDENCES = 1000  # of a run: at most this many retain examples' confidences are kept
+IMAGES_AT_ONCE = 2048  # when networks are evaluated
 
 
 class Pool:
     """A folder of runs that were all made from the same things.
 
-    folder/<key>/run_00000.npz holds what `answers` says of one network, and its `seconds`.
-    made_from: everything that decides a run's result but its number; the key is a hash of it, so that other
-    hyperparameters, data or recipes have other folders. It is kept beside the runs as made_from.json, for people.
+    folder/<key>/run_00000.npz holds what `answers` returns for one network, and its `seconds`.
+    made_from: everything that decides a run's result except its number; the key is its hash, so that different
+    hyperparameters, data or recipes get different folders. It is kept beside the runs as made_from.json, for people to read.
     """
 
     def __init__(self, folder: Path, made_from: dict):
@@ -40,11 +40,11 @@ class Pool:
         return self.folder / f"run_{run:05d}.npz"
 
     def network_path(self, run: int) -> Path:
-        """Of its weights, where they are kept."""
+        """The file of its weights, if they are kept."""
         return self.folder / f"network_{run:05d}.pth"
 
     def missing(self, runs: Iterable[int], networks: bool = False) -> list[int]:
-        """The runs that are not there; networks: or whose networks are not."""
+        """The runs that are missing; networks: also those whose weights are missing."""
         files = (self.path, self.network_path) if networks else (self.path,)
         return [run for run in runs if not all(file(run).exists() for file in files)]
 
@@ -52,7 +52,7 @@ class Pool:
         write_atomically(self.path(run), lambda file: np.savez(file, **values))
 
     def load(self, runs: Sequence[int]) -> dict[str, Tensor]:
-        """The runs' values, stacked: [runs, ...]. Raises Problem naming a file that is not a whole run of this pool."""
+        """The runs' values, stacked: [runs, ...]. Raises Problem naming a file that is not a complete run of this pool."""
         kept, first = [], None
         for run in runs:
             try:
@@ -68,10 +68,10 @@ class Pool:
         return {name: torch.from_numpy(np.stack([values[name] for values in kept])) for name in kept[0]}
 
     def _damaged(self, run: int) -> Problem:
-        return Problem(f"{self.path(run)}: cut off or damaged; delete it and run again to redo this run alone")
+        return Problem(f"{self.path(run)}: cut off or damaged; delete it and run again: only this run is redone")
 
     def number(self, name: str, measure: Callable[[], float]) -> float:
-        """A number about the pool that is worked out once and kept beside its runs, as <name>.json."""
+        """A number about the pool that is computed once and kept beside its runs, as <name>.json."""
         path = self.folder / f"{name}.json"
         kept = read_json(path).get("value")
         if not isinstance(kept, float) or not math.isfinite(kept):
@@ -82,7 +82,7 @@ class Pool:
 
 @torch.inference_mode()
 def answers(net: nn.Module, data: Data) -> dict[str, np.ndarray]:
-    """What a pool keeps of each network, K members first: forget_logits [K, forget, classes] and retain_confidences
+    """What a pool keeps of each of K networks: forget_logits [K, forget, classes] and retain_confidences
     [K, at most 1000] in float32; ra, va, ta (accuracy on retain, validation and test) [K] in float64."""
     net.eval()
     retain = _logits(net, data.retain)
@@ -101,7 +101,7 @@ def answers(net: nn.Module, data: Data) -> dict[str, np.ndarray]:
 
 
 def _logits(net: nn.Module, examples: Examples) -> Tensor:
-    """[K, examples, classes]; the members of an ensemble are all asked about the same images."""
+    """[K, examples, classes]; all members of an ensemble see the same images."""
     size = len(net.members) if isinstance(net, Ensemble) else 1
     parts = examples.images.split(max(1, IMAGES_AT_ONCE // size))
     return torch.cat([net(part.float().repeat(size, 1, 1, 1)).unflatten(0, (size, -1)) for part in parts], dim=1)

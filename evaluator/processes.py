@@ -1,7 +1,7 @@
-"""Work in processes of its own: the one place where more processes, GPUs or a cluster plug in.
+"""Runs jobs in separate processes: the one place where more processes, GPUs or a cluster would plug in.
 
-A user's code never runs in the evaluator's process, and no process that one job has used serves another: whatever code
-does to a process (another default dtype, a patched function, `sys.exit`) ends with it. New processes are forked from a
+A user's code never runs in the evaluator's process, and a process that one job has used never serves another: whatever code
+does to its process (another default dtype, a patched function, `sys.exit`) ends with it. New processes are forked from a
 server that has imported torch once, where the system can do that (not on Windows), and start within 30 milliseconds.
 """
 
@@ -26,7 +26,7 @@ IMPORTED_BEFORE = ["torch", "torchvision", "pandas", "PIL.Image", "tqdm"]  # by 
 
 
 def start_server() -> None:
-    """Let the server import what it does now, and not when it is first needed."""
+    """Start the server now, so that its imports are done before it is first needed."""
     if FORKSERVER:
         from multiprocessing import forkserver
 
@@ -35,10 +35,10 @@ def start_server() -> None:
 
 
 def in_processes(job: Callable, tasks: list, processes: int, name: Callable[[object], str]) -> Iterator:
-    """Yield job(task) of every task, as they come, from up to `processes` new processes.
+    """Yield job(task) for every task, in the order they finish, from up to `processes` new processes.
 
-    job: sent to each process once, by pickling. name: of a task, for a message.
-    Raises what a job raises, and Problem when a process ends in the middle of a task. Ends the processes in any case.
+    job: sent to each process once, pickled. name: says what a task is, for messages.
+    Raises what a job raises, and Problem when a process ends during a task. All processes are ended in any case.
     """
     start_server()
     context = multiprocessing.get_context("forkserver" if FORKSERVER else "spawn")
@@ -61,32 +61,32 @@ def in_processes(job: Callable, tasks: list, processes: int, name: Callable[[obj
         names = " or ".join(name(task) for task in doing.values())
         raise Problem(f"{names}: {_last_words(executor)}; what was finished is kept") from error
     finally:
-        for process in (executor._processes or {}).values():  # a public way comes with Python 3.14
+        for process in (executor._processes or {}).values():  # Python 3.14 has a public way
             process.kill()
         executor.shutdown(cancel_futures=True)
 
 
 def in_process(job: Callable, task: object, name: str) -> object:
-    """job(task), from one new process."""
+    """job(task), run in one new process."""
     with contextlib.closing(in_processes(job, [task], 1, lambda _: name)) as outcomes:
         return next(outcomes)
 
 
 def _last_words(executor: ProcessPoolExecutor) -> str:
     processes = list((executor._processes or {}).values())
-    executor.shutdown()  # it asks them for their exit codes, which are told once
+    executor.shutdown()  # it collects their exit codes, which can be read only once
     # The executor ends the others itself, with SIGTERM.
     codes = sorted((process.exitcode or 0 for process in processes), key=lambda code: code in (0, -signal.SIGTERM))
     code = codes[0] if codes else 0
     if code >= 0:
         return f"the process ended on its own, with exit code {code}"
-    memory = ", perhaps for want of memory: try fewer --jobs" if -code == getattr(signal, "SIGKILL", 9) else ""
+    memory = ", perhaps because memory ran out: try fewer --jobs" if -code == getattr(signal, "SIGKILL", 9) else ""
     return f"the process was ended by signal {-code}{memory}"
 
 
 @contextlib.contextmanager
 def _without_main() -> Iterator[None]:
-    """New processes do not import the script that was started: it has nothing they need, and it may have no guard."""
+    """Keep new processes from importing the main script: they need nothing from it, and it may have no __main__ guard."""
     main, sys.modules["__main__"] = sys.modules["__main__"], types.ModuleType("__main__")
     try:
         yield
@@ -100,12 +100,12 @@ def _without_main() -> Iterator[None]:
 def _start(sent: bytes) -> None:
     global _sent
     _sent = sent
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process of a terminal; the evaluator ends its own
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the evaluator ends its workers itself
     threading.Thread(target=_end_with_the_evaluator, daemon=True).start()
 
 
 def _end_with_the_evaluator() -> None:
-    multiprocessing.parent_process().join()  # also when it was killed
+    multiprocessing.parent_process().join()  # returns even if it was killed
     os._exit(1)
 
 

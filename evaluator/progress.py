@@ -5,20 +5,20 @@ import threading
 
 from tqdm import tqdm
 
-tqdm.set_lock(threading.RLock())  # its own is shared by processes, and one that ends early would leave it behind
+tqdm.set_lock(threading.RLock())  # not one of the system's, which a process that is ended would leave behind
 
 SECONDS_BETWEEN_LINES = 10
 
 
 class _Lines(tqdm):
-    """tqdm's text as lines of their own, without control characters."""
+    """tqdm's text on separate lines, without control characters."""
 
     def display(self, msg=None, pos=None):
         if self.n:
             print(self, file=sys.stderr, flush=True)
 
     def close(self):
-        self.disable = True  # without the closing line: whoever asked prints what came of it
+        self.disable = True  # no closing line: the caller prints the result
 
 
 def progress(what: str, total: int, unit: str) -> tqdm:

@@ -24,8 +24,8 @@ matplotlib.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spin
 
 
 def draw_figures(evaluation: Evaluation, method: Method | Checkpoints) -> None:
-    """Those that are not there: the histograms of true-class confidences on the forget and on the retain set, and that of
-    epsilon. (What is scored anew has no figures yet.)"""
+    """Draw the figures that are missing: histograms of the true-class confidence on the forget and on the retain set, and of
+    epsilon. (A new score removes the old figures.)"""
     folder = evaluation.results / method.name
     if all((folder / name).is_file() for name in FIGURES):
         return
@@ -47,20 +47,20 @@ def confidence_histograms(confidences: dict[str, Tensor], title: str) -> Figure:
     axes = figure.subplots()
     values = {name: side.flatten().double().numpy() for name, side in confidences.items()}
     together = np.concatenate(list(values.values()))
-    # The tails reach to ±100; the middle 99.8% shows what there is to see, and what lies outside is counted at the edges.
+    # The tails reach to ±100; the plot shows the middle 99.8%, and the rest is counted in the outermost bins.
     edges = np.linspace(*np.quantile(together, [0.001, 0.999]), 81)
     for (name, side), colour in zip(values.items(), (RETRAINED, UNLEARNED, "#edae49", "#5b8e7d"), strict=False):
         axes.hist(np.clip(side, edges[0], edges[-1]), edges, density=True, histtype="stepfilled", color=colour, alpha=0.25)
         axes.hist(
             np.clip(side, edges[0], edges[-1]), edges, density=True, histtype="step", color=colour, linewidth=1.4, label=name
         )
-    axes.set(title=title, xlabel="confidence of the true class, ln(p / (1 − p))", ylabel="density")
+    axes.set(title=title, xlabel="confidence in the true class, ln(p / (1 − p))", ylabel="density")
     axes.legend(loc="upper left")
     return figure
 
 
 def epsilon_histogram(epsilon: np.ndarray, runs: int) -> Figure:
-    """How many forget examples fall into each bin of epsilon, and what H the bin earns."""
+    """How many forget examples fall into each bin of epsilon, and the H that the bin earns."""
     bins = round(np.ceil(np.log(runs - 1)) / BIN_WIDTH)
     figure = Figure(figsize=(5, 3.2), layout="constrained")
     axes = figure.subplots()
@@ -87,7 +87,7 @@ def _save(figure: Figure, path: Path) -> None:
 
 
 def score_table(summaries: list[dict], ceiling: dict) -> pd.DataFrame:
-    """One row per method and one for the ceiling, as text; the attacks that all of them have are further columns."""
+    """One row per method and one for the ceiling, as text; attacks that every summary has become further columns."""
     rows = [*summaries, ceiling]
     attacks = summaries[0].get("attacks", {}) if all("attacks" in summary for summary in summaries) else {}
 
@@ -111,7 +111,7 @@ def score_table(summaries: list[dict], ceiling: dict) -> pd.DataFrame:
 
 
 def write_page(folder: Path, title: str, table: pd.DataFrame, methods: list[str]) -> Path:
-    """One HTML page, complete in itself: the table, and every method's figures."""
+    """One self-contained HTML page: the table and every method's figures."""
     style = (
         "body{font:15px/1.5 system-ui,sans-serif;max-width:70em;margin:2em auto;padding:0 1em;color:#222}"
         "table{border-collapse:collapse}td,th{padding:.3em .9em;text-align:right;border-bottom:1px solid #ddd}"

@@ -1,4 +1,4 @@
-"""N runs of anything into a pool: retrained networks, runs of a method, checkpoints. Every run has its own seed and file."""
+"""Makes N runs of anything into a pool: retrained networks, a method, checkpoints. Every run has its own seed and file."""
 
 import contextlib
 import dataclasses
@@ -20,13 +20,13 @@ from evaluator.processes import in_process, in_processes
 from evaluator.progress import progress
 from evaluator.training import Recipe, one_thread, retrain, seconds_of_retraining
 
-# Seeds of the retrained networks start where those of unlearning runs, which are the runs' numbers, never get.
+# Unlearning runs use their numbers as seeds; those of the retrained networks start far beyond any run number.
 FIRST_SEED = {"retrained": 1_000_000, "retrained_again": 2_000_000}
 
 
 @dataclass(frozen=True)
 class Setting:
-    """Where and how runs are made. Nothing in it changes a result (on one kind of processor)."""
+    """Where and how runs are made. None of it changes a result (on one type of processor)."""
 
     results: Path
     jobs: int
@@ -49,11 +49,11 @@ def retrained_pool(setting: Setting, data: Data, recipe: Recipe, runs: int, kind
 def unlearned_pool(
     setting: Setting, data: Data, recipe: Recipe, original: nn.Module, method: Method | Checkpoints, runs: int
 ) -> Pool:
-    """A pool of runs of a method. Runs share an ensemble, fixed by their numbers, where the method says it can."""
+    """A pool of runs of a method. If the method allows ensembles, which runs share one is fixed by their numbers."""
     made_from = _made_from("unlearned", data, recipe) | {"original": network_digest(original), **method.made_from}
     pool = Pool(setting.results_of(data, method.name), made_from)
     work = _Unlearning(setting, pool, data, recipe, original, method)
-    if method is NO_UNLEARNING:  # every run is the original: ask it once
+    if method is NO_UNLEARNING:  # every run is the original: evaluate it once
         if pool.missing(range(runs)):
             with one_thread():
                 _keep(setting, pool, pool.missing(range(runs)), original.to(setting.device), 0.0, work.here)
@@ -65,8 +65,8 @@ def unlearned_pool(
 def cost(
     setting: Setting, data: Data, recipe: Recipe, original: nn.Module, method: Method, repeats: int = 3, at_most: float = 2.0
 ) -> float:
-    """Of one run, as a share of a retraining's, each alone on one thread with nothing else at work. Both are measured now,
-    of the retraining `at_most` seconds: a machine's speed changes from minute to minute, the ratio does not."""
+    """The cost of one run as a share of one retraining's, each alone on one thread with nothing else running. Both are
+    measured now, the retraining for `at_most` seconds: a machine's speed changes within minutes, the ratio does not."""
     if method is NO_UNLEARNING:
         return 0.0
     alone = _Alone(setting, data, recipe, original, method)
@@ -80,7 +80,7 @@ def _made_from(kind: str, data: Data, recipe: Recipe) -> dict:
 
 @dataclass(frozen=True)
 class _Work:
-    """What new processes are sent once; called there with the runs to make together."""
+    """Sent to each new process once, and called there with the runs to make together."""
 
     setting: Setting
     pool: Pool
@@ -118,12 +118,12 @@ class _Unlearning(_Work):
                 raise
             except Exception as error:
                 who = f"{self.method.path}: {run_names(task)}"
-                raise Problem(f"{who}: asking its network failed; does it change torch? ({one_line(error)})") from error
+                raise Problem(f"{who}: evaluating its network failed; does it change torch? ({one_line(error)})") from error
 
 
 @dataclass(frozen=True)
 class _Alone:
-    """The median seconds of a few runs of a method, one network alone."""
+    """Measures the median seconds of a few runs of a method, one network at a time."""
 
     setting: Setting
     data: Data
@@ -144,10 +144,10 @@ class _Alone:
 
 
 def _work_through(work: _Work, runs: int, size: int, what: str) -> None:
-    """Make the runs that are missing, in groups of `size` that are made together. A group is always whole: whom a run
-    shares an ensemble with depends on its number alone, so that 100 runs are the first 100 of 512.
+    """Make the runs that are missing, in groups of `size` that are made together. A group is always made whole: which runs
+    share an ensemble depends on their numbers alone, so that 100 runs are the first 100 of 512.
 
-    Raises the first Problem that one of the groups meets; what is finished is on disk.
+    Raises the first Problem of any group; what is finished is on disk.
     """
     groups = {run // size for run in work.pool.missing(range(runs), work.setting.keep_networks)}
     tasks = [list(range(group * size, (group + 1) * size)) for group in sorted(groups)]
@@ -160,7 +160,7 @@ def _work_through(work: _Work, runs: int, size: int, what: str) -> None:
 
 
 def _keep(setting: Setting, pool: Pool, task: list[int], net: nn.Module, seconds: float, data: Data) -> int:
-    """Keep what the networks of some runs answer; one network stands for all of them. Returns how many runs."""
+    """Save the answers of the networks of some runs; a single network stands for all of them. Returns the number of runs."""
     asked = answers(net, data)
     for k, run in enumerate(task):
         values = {name: value[k % len(value)] for name, value in asked.items()}

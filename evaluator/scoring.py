@@ -23,9 +23,9 @@ from evaluator.metric import (
 )
 from evaluator.progress import progress
 
-COST_LIMIT = 0.2  # of a retraining, what the competition allows one run
+COST_LIMIT = 0.2  # of a retraining's cost: what the competition allows one run
 CEILING_DRAWS = 4
-# Of the code that makes a score out of runs: where it changes, every score is worked out again, and no run is.
+# A hash of the code that turns runs into a score: when it changes, scores are computed anew, but no run is.
 VERSION = hashlib.sha256(
     "".join(
         code_digest(ast.parse((Path(__file__).parent / f"{name}.py").read_bytes()))
@@ -37,9 +37,9 @@ VERSION = hashlib.sha256(
 def score(
     unlearned: dict[str, Tensor], retrained: dict[str, Tensor], data: Data, attacks: bool = False
 ) -> tuple[dict, pd.DataFrame]:
-    """The score and its parts, and a table of the forget examples; of pools as `Pool.load` gives them.
+    """The score and its parts, and a table of the forget examples, from pools as `Pool.load` returns them.
 
-    attacks: also those of evaluator.attacks; their mean over the examples is in the first, theirs of each in the second.
+    attacks: also run those of evaluator.attacks; the first gets their means over the examples, the second all values.
     Raises Problem naming the image when no threshold of an example survives.
     """
     targets = data.forget.age_group.cpu()
@@ -82,18 +82,18 @@ def score(
 
 
 def confidences(pool: dict[str, Tensor], data: Data) -> Tensor:
-    """Logit-scaled confidences on the forget set: [runs, examples]. Raises Problem where the pool is of other data."""
+    """Logit-scaled confidences on the forget set: [runs, examples]. Raises Problem when the pool is of other data."""
     logits, targets = pool["forget_logits"], data.forget.age_group.cpu()
     if logits.dim() != 3 or logits.shape[1:] != (len(targets), data.classes):
-        raise Problem(f"{data.folder}: kept runs hold logits of shape {list(logits.shape)}, not of this forget set")
+        raise Problem(f"{data.folder}: kept runs hold logits of shape {list(logits.shape)}, not those of this forget set")
     return logit_scaled_confidence(logits, targets)
 
 
 def estimated_ceiling(retrained: dict[str, Tensor], data: Data, seed: int = 0) -> float:
-    """F of a perfect unlearner with as many runs, estimated: two pools drawn from a smooth law, and the unchanged metric.
+    """Estimated F of a perfect unlearner with as many runs: the unchanged metric on two pools from a smooth distribution.
 
-    The law is a kernel density estimate of each example's retrained confidences (Gaussian, Silverman's bandwidth). Plain
-    resampling would repeat values, which the metric takes for a difference. Mean over a few draws.
+    The distribution is a kernel density estimate of each example's retrained confidences (Gaussian, Silverman's bandwidth).
+    Plain resampling would repeat values, which the metric takes for a difference. The mean over a few draws.
     """
     kept = confidences(retrained, data)
     runs, examples = kept.shape
@@ -117,7 +117,7 @@ def versions() -> dict[str, str]:
 
 
 def processor() -> str:
-    """The model of this machine's processor, as far as the system says."""
+    """The model of this machine's processor, if the system reports it."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         return next(line.partition(": ")[2] for line in lines if line.startswith("model name"))

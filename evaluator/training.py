@@ -29,13 +29,13 @@ class Recipe:
     width: int = 64  # channels of the first stage
     small_images: bool = False  # 3x3 stem without max-pooling
     epochs: int = 30
-    batch_size: int = 64  # also of the loaders that a method gets
-    optimizer: str = "adam"  # or "sgd", with momentum 0.9 and Nesterov's look-ahead
+    batch_size: int = 64  # also of the loaders that are passed to a method
+    optimizer: str = "adam"  # or "sgd", with Nesterov momentum 0.9
     learning_rate: float = 1e-4
     weight_decay: float = 5e-3
     schedule: str = "cosine"  # or "one_cycle": a fifth of the steps up, the rest down, both linear
     class_weighted: bool = True  # weight a class by 1 / its count
-    networks_at_once: int = 16  # K, the runs that share an ensemble; part of the result, to the last bit
+    networks_at_once: int = 16  # K, the runs that share an ensemble; changes the last bits of a result
 
     @classmethod
     def of(cls, data: Data) -> "Recipe":
@@ -53,7 +53,7 @@ class Recipe:
             "networks_at_once": integer(1, 1024),
         }
         check(data.recipe, allowed, f"{data.folder / 'dataset.json'}: recipe")
-        # An integer is as good as a float, and the same recipe: 1 and 1.0 share their networks.
+        # An integer may stand for a float, and means the same recipe: 1 and 1.0 share their networks.
         return cls(**{field: type(getattr(cls, field))(value) for field, value in data.recipe.items()})
 
     def network(self, classes: int) -> nn.Module:
@@ -67,7 +67,7 @@ def generators(seeds: Sequence[int], device: torch.device | str) -> list[torch.G
 def train(
     net: nn.Module, examples: Examples, recipe: Recipe, class_counts: Tensor, sources: list[torch.Generator]
 ) -> Iterator[tuple[int, int]]:
-    """Train a network, or an ensemble with one of `sources` a member, in place from its present weights.
+    """Train a network, or an ensemble with one of `sources` per member, in place, from its present weights.
 
     A generator: yields (steps done, steps in all) after each step, so that the caller can show or end the training.
     """
@@ -86,7 +86,7 @@ def train(
             optimizer,
             recipe.learning_rate,
             steps + 1,
-            pct_start=0.4 if steps == 4 else 0.2,  # torch divides by zero where the rise is one step
+            pct_start=0.4 if steps == 4 else 0.2,  # torch divides by zero if the rise is one step
             anneal_strategy="linear",
             cycle_momentum=False,
         )
@@ -96,7 +96,7 @@ def train(
     for _ in range(recipe.epochs):
         for batch in loader:
             done += 1
-            # A last batch of one image is left out: batch norm has nothing to average over.
+            # A last batch of one image is skipped: batch norm needs more than one value.
             if len(batch["image"]) > len(sources):
                 optimizer.zero_grad()
                 _mean_loss(net(batch["image"]), batch["age_group"], weight, len(sources)).backward()
@@ -117,8 +117,8 @@ def _mean_loss(logits: Tensor, labels: Tensor, weight: Tensor | None, members: i
 def original_network(data: Data, recipe: Recipe) -> nn.Module:
     """The network to unlearn from: `original_model.pth` of the data folder, trained into it when it is not there.
 
-    What was trained here has a note beside it, original_model.json. Raises Problem when the note says that it was trained
-    by another recipe or on other images; a file that came from elsewhere, as Kaggle's does, is taken as it is.
+    A network trained here has a note beside it, original_model.json. Raises Problem when the note says that it was trained
+    with another recipe or on other images; a file from elsewhere, such as Kaggle's, is used as it is.
     """
     path = data.folder / "original_model.pth"
     if not path.exists():
@@ -129,7 +129,7 @@ def original_network(data: Data, recipe: Recipe) -> nn.Module:
         if changed:
             name = changed[0]
             what = f"{name} was {kept.get(name)!r}, is now {now[name]!r}" if name in vars(recipe) else f"other {name}"
-            raise Problem(f"{path}: trained differently ({what}): delete it to have it trained anew, or undo the change")
+            raise Problem(f"{path}: trained differently ({what}): delete it to have it trained again, or undo the change")
     net = recipe.network(data.classes).to(data.retain.images.device)
     load_network(net, path)
     return net.eval()
@@ -147,7 +147,7 @@ def train_original(data: Data, recipe: Recipe) -> None:
                 bar.update()
     content = io.BytesIO()
     torch.save(plain_state(net), content)
-    # The note comes first, and is of this very content: a file without its own note is never taken for ours.
+    # The note is written first, with a hash of this content: a file without its own note is never taken for ours.
     digest = hashlib.sha256(content.getvalue()).hexdigest()
     write_json(_note(path), {"sha256": digest} | _original_made_from(data, recipe))
     write_atomically(path, lambda file: file.write(content.getvalue()))
@@ -183,7 +183,7 @@ def retrain(data: Data, recipe: Recipe, seeds: Sequence[int]) -> Ensemble:
 
 
 def worker_seconds(device: torch.device) -> float:
-    """A clock for work on one thread: the processor's time on a CPU, so that what else runs there does not count."""
+    """A clock for work on one thread: CPU time on a CPU, so that other programs do not count."""
     if device.type == "cpu":
         return time.process_time()
     torch.cuda.synchronize(device)
@@ -205,7 +205,7 @@ def seconds_of_retraining(data: Data, recipe: Recipe, at_most: float = 10.0) -> 
 
 
 class one_thread:
-    """Within it torch uses one thread on the CPU, as in every worker: results do not depend on the number of cores."""
+    """Within it, torch uses one CPU thread, as every worker does: results do not depend on the number of cores."""
 
     def __enter__(self):
         self.threads = torch.get_num_threads()

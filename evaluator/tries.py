@@ -1,4 +1,4 @@
-"""Hyperparameters tried by hand: a table of the tries, and a look at the last one beside the one before it."""
+"""Hyperparameters tried by hand: a table of the tries, and figures of the last one beside the previous one."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ class Tries:
 
     @property
     def table(self) -> pd.DataFrame:
-        """Raises Problem when the file was damaged."""
+        """Raises Problem when the file is damaged."""
         if not self.file.exists():
             return pd.DataFrame()
         try:
@@ -39,8 +39,8 @@ class Tries:
         return table
 
     def add(self, path: Path | str, changes: dict) -> dict:
-        """Score a method with some fields of its Config changed; returns the summary. A setting tried before is not run
-        again, and the same one twice in a row is one try. Raises Problem when a field or value cannot be used."""
+        """Score a method with some fields of its Config changed; returns the summary. A setting that was tried before is
+        not run again, and the same one twice in a row is one try. Raises Problem when a field or value cannot be used."""
         method = Method.read(path, self.evaluation.data.name, changes)
         with self.evaluation.alone():
             summary = self.evaluation.score(dataclasses.replace(method, name="tuning"))
@@ -63,7 +63,7 @@ class Tries:
         return summary
 
     def figures(self) -> list[Figure]:
-        """Confidences on the forget and on the retain set, and epsilon: of the last try and the one before with its N."""
+        """Confidences on the forget and on the retain set, and epsilon: of the last two tries at this N."""
         runs, data = self.evaluation.runs, self.evaluation.data
         shown = self.table.query(f"N == {runs}").tail(2).iloc[::-1]
         retrained = self.evaluation.retrained().load(range(runs))
@@ -89,6 +89,6 @@ class Tries:
             axes = figures[-1].axes[0]
             axes.set_title(f"{name}: score {scores['score']:.4f}, F {scores['forgetting_quality']:.4f}")
         top = max(figure.axes[0].get_ylim()[1] for figure in figures[2:])
-        for figure in figures[2:]:  # to be compared by eye
+        for figure in figures[2:]:  # the same scale, to compare by eye
             figure.axes[0].set_ylim(0, top)
         return figures

@@ -1,6 +1,6 @@
-"""Searches a method's hyperparameters with Optuna, for the competition's score on the public split.
+"""Searches a method's hyperparameters with Optuna, for the best competition score on the public split.
 
-    python -m evaluator.tuning methods/fanchuan.py          the same budget for every method; resumable
+    python -m evaluator.tuning methods/fanchuan.py          one method; every method gets the same budget; resumable
     python -m evaluator.tuning                              every method
 
 What may be tried stands beside each field of a method's Config, as an annotation:
@@ -23,7 +23,7 @@ from evaluator.runs import unlearned_pool
 from evaluator.scoring import COST_LIMIT, VERSION, score
 
 TRIALS, RUNS = 20, 64  # the budget of a method: settings scored, runs of each,
-FINALISTS, TIMES_RUNS = 4, 4  # and how many of the best are scored again with how many times the runs
+FINALISTS, TIMES_RUNS = 4, 4  # how many of the best are scored again, with how many times the runs
 DRAWN_AT_RANDOM = 8  # trials, before the sampler starts to learn from them
 
 
@@ -62,8 +62,8 @@ def tune(evaluation: Evaluation, method: Method, trials: int = TRIALS) -> dict:
     best few are scored again with more runs, and the best of those is taken.
 
     A setting over the limit of 20% of a retraining, or with which a network diverges, is rejected without a score; there
-    may be twice as many of those. The first setting has the Config's defaults, so that no method starts from what was found
-    before. Trials are kept under results/<data>/<split>/tuning, and a search that was cut off goes on there. Returns what
+    may be twice as many of those. The first setting has the Config's defaults, so that no method starts from values found
+    earlier. Trials are kept under results/<data>/<split>/tuning, and an interrupted search resumes there. Returns what
     `write` puts into methods/tuned/<data>.json.
     """
     with evaluation.alone():
@@ -79,14 +79,14 @@ def search(study, evaluation: Evaluation, method: Method, trials: int) -> None:
     with progress(f"tuning {method.name}", trials, "trial") as bar:
         bar.update(len(_scored(study)))
         while len(_scored(study)) < trials and len(_finished(study)) < 3 * trials:
-            # Seeded by what is finished: a search that was cut off goes on as it would have.
+            # Seeded by the number of finished trials: an interrupted search continues as it would have.
             study.sampler = optuna.samplers.TPESampler(seed=len(_finished(study)), n_startup_trials=DRAWN_AT_RANDOM)
             trial = study.ask()
             tried = dataclasses.replace(method, config=method.config | suggest(trial, method))
             try:
                 cost = evaluation.cost(tried, repeats=1, at_most=0.5)
                 if cost > COST_LIMIT:
-                    study.tell(trial, COST_LIMIT - cost)  # below every score: the search turns back
+                    study.tell(trial, COST_LIMIT - cost)  # below every score, so the search turns away
                     continue
                 value = _score(evaluation, tried)
             except Diverged:
@@ -97,11 +97,11 @@ def search(study, evaluation: Evaluation, method: Method, trials: int) -> None:
             study.tell(trial, value)
             bar.update()
     if not _scored(study):
-        raise Problem(f"{method.path}: no setting tried costs less than {COST_LIMIT:.0%} of a retraining")
+        raise Problem(f"{method.path}: every setting tried costs more than {COST_LIMIT:.0%} of a retraining or diverges")
 
 
 def finals(study, evaluation: Evaluation, method: Method) -> dict:
-    """The best of the best few, scored again: few runs make a noisy score, and the best of many such is mostly lucky."""
+    """The best of the best few, scored again: few runs give noisy scores, and the best of many noisy ones is mostly luck."""
     longer = dataclasses.replace(evaluation, runs=TIMES_RUNS * evaluation.runs)
 
     def final_score(trial) -> float:
@@ -127,7 +127,7 @@ def finals(study, evaluation: Evaluation, method: Method) -> dict:
 
 
 def write(found: dict, method: Method, data_name: str) -> None:
-    """Put what was found for a method beside what others have."""
+    """Add the values found for a method to the file of all methods."""
     file = tuned_file(data_name)
     write_json(file, dict(sorted((read_json(file) | {method.name: found}).items())))
 
@@ -149,7 +149,7 @@ def _study(evaluation: Evaluation, method: Method):
             study_name=f"{method.name} {made_of}", storage=storage, direction="maximize", load_if_exists=True
         )
     except (ValueError, KeyError, TypeError) as error:
-        raise Problem(f"{journal}: damaged ({type(error).__name__}); delete it to begin the search anew") from error
+        raise Problem(f"{journal}: damaged ({type(error).__name__}); delete it to start the search again") from error
     if not study.trials:
         study.enqueue_trial(_published_setting(method))
     return study
@@ -170,7 +170,7 @@ def _config(trial, method: Method) -> dict:
 
 
 def _published_setting(method: Method) -> dict:
-    """The Config's defaults in the terms of the search space, as far as they lie in it."""
+    """The Config's defaults as a point of the search space; numbers outside a range are moved to its ends."""
     setting = {}
     for name, allowed in method.search_space.items():
         value = method.defaults[name]

@@ -53,8 +53,8 @@ class Page(NamedTuple):
 
 
 @pytest.fixture
-def page(data, results, tmp_path, monkeypatch) -> Page:
-    """A leaderboard of three methods at N = 4."""
+def arguments(data, results, tmp_path, monkeypatch) -> list[str]:
+    """Of a leaderboard of three methods at N = 4."""
     kept = tmp_path / "tuned.json"
     budgets = {"finetune": {"trials": "2 at N = 4"}, "negrad": {"trials": "2 at N = 4"}}
     write_json(kept, budgets)
@@ -63,6 +63,11 @@ def page(data, results, tmp_path, monkeypatch) -> Page:
     methods = [Method.read(HERE / "methods" / f"{name}.py") for name in budgets]
     monkeypatch.setattr(leaderboard, "contestants", lambda data: [NO_UNLEARNING, *methods])
     arguments = ["--data", str(data), "--runs", "4", "--jobs", "1", "--results", str(results)]
+    return arguments
+
+
+@pytest.fixture
+def page(arguments, results, tmp_path) -> Page:
     assert leaderboard.main([*arguments, "--page", str(tmp_path / "RESULTS.md")]) == 0
     return Page(tmp_path / "RESULTS.md", results / "small_digits" / "leaderboard.csv", arguments)
 
@@ -94,10 +99,10 @@ def test_a_page_that_was_not_asked_for_is_not_replaced(page):
     assert (page.table.parent / "leaderboard.png").exists()
 
 
-def test_unequal_budgets_are_refused_before_any_work(page, tmp_path, monkeypatch, capsys):
+def test_unequal_budgets_are_refused_before_any_work(arguments, tmp_path, monkeypatch, capsys):
     write_json(tmp_path / "tuned.json", {"finetune": {"trials": "2 at N = 4"}, "negrad": {"trials": "9 at N = 4"}})
     monkeypatch.setattr(leaderboard, "scores", lambda *_: pytest.fail("it began to work"))
-    assert leaderboard.main(page.arguments) == 1
+    assert leaderboard.main(arguments) == 1
     assert "the methods had different budgets" in capsys.readouterr().err
 
 

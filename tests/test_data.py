@@ -228,12 +228,12 @@ def change_json(path: Path, **values) -> None:
         (b"[" * 100_000 + b"]" * 100_000, "not valid JSON ("),
         (b'{"0": ' * 10_000 + b"1" + b"}" * 10_000, ": "),  # newer Pythons read it
         (b'{"classes": ' + b"9" * 10_000_000 + b"}", "not valid JSON (Exceeds the limit"),
-        (b'{"classes": 2, "classes": 10}', "not valid JSON ('classes' is there twice)"),
+        (b'{"classes": 2, "classes": 10}', "not valid JSON (duplicate key 'classes')"),
         (b'{"name": "\xe9"}', "not UTF-8 text"),
         ('{"name": "few"}'.encode("utf-16"), "not UTF-8 text"),
         (b'{"name\0": 1}', "not valid JSON"),
-        (b'{"na\\u001b[31mme": 1}', r"'na\x1b[31mme' is unknown; allowed: '"),
-        (b'{"' + b"x" * 10_000_000 + b'": 1}', "is unknown; allowed: '"),
+        (b'{"na\\u001b[31mme": 1}', r"'na\x1b[31mme' is unknown; allowed are '"),
+        (b'{"' + b"x" * 10_000_000 + b'": 1}', "is unknown; allowed are '"),
         (None, "not a file"),
     ],
     ids=count(),
@@ -244,7 +244,7 @@ def test_bad_json(folder, file, content, words):
     assert refused(folder).startswith(f"{folder / file}: ") and words in refused(folder)
 
 
-NAMED = "it must be made of letters (a-z), digits, '.', '_' and '-', beginning with a letter or digit, at most 100 long"
+NAMED = "it must be made of letters (a-z, A-Z), digits, '.', '_' and '-', beginning with a letter or digit, at most 100 characters"
 
 
 @pytest.mark.parametrize(
@@ -265,7 +265,7 @@ def test_without_a_name_it_is_the_folders(folder, tmp_path, monkeypatch):
     monkeypatch.chdir(folder)
     assert load(".").name == load("../few/").name == "few"
     folder.rename(tmp_path / "my few")
-    assert f"no name in dataset.json, so the folder's is taken: name is 'my few', {NAMED}" in refused(tmp_path / "my few")
+    assert f"no name in dataset.json, so the folder's is used: name is 'my few', {NAMED}" in refused(tmp_path / "my few")
     change_json(tmp_path / "my few" / "dataset.json", name="few")
     assert load(tmp_path / "my few").name == "few"
 
@@ -287,7 +287,7 @@ def test_a_wrong_field_of_dataset_json(folder, field, value, words):
 def test_an_unknown_field_of_dataset_json(folder):
     change_json(folder / "dataset.json", clases=10)
     allowed = "'name', 'image_size', 'classes', 'recipe'"
-    assert refused(folder) == f"{folder / 'dataset.json'}: 'clases' is unknown; allowed: {allowed}"
+    assert refused(folder) == f"{folder / 'dataset.json'}: 'clases' is unknown; allowed are {allowed}"
 
 
 def test_image_size_is_that_of_the_images(folder):
@@ -303,7 +303,7 @@ def test_image_size_is_that_of_the_images(folder):
         for value in (-1, "3", None, True, [1], 10**400)
     ]
     + [({"0": float(value)}, f"0 is {value}, it must be") for value in ("nan", "inf")]
-    + [({key: 3}, f"{key!r} is unknown; allowed: '0', '1'") for key in ("12", "-1", "00", "one", "", " 1", "1.0")],
+    + [({key: 3}, f"{key!r} is unknown; allowed are '0', '1'") for key in ("12", "-1", "00", "one", "", " 1", "1.0")],
 )
 def test_a_wrong_class_count(folder, described, change, words):
     if not described:  # as in the competition's folder, where the file fixes the number of classes
@@ -319,7 +319,7 @@ def test_class_counts_that_are_left_out(folder):
     (folder / "dataset.json").write_text("{}")
     assert refused(folder) == f"{counts}: classes is 1, it must be an integer from 2 to 100000"
     counts.write_text('{"0": 1, "0": 2}')
-    assert refused(folder) == f"{counts}: not valid JSON ('0' is there twice)"
+    assert refused(folder) == f"{counts}: not valid JSON (duplicate key '0')"
 
 
 IDS = ["../x-1", "a-../../x", "a/b", "a\\b", "a-b\0", ".a-b", "-x", "/etc/passwd", "a b", "é-1", "x" * 101, "", "\x1b[2J"]
@@ -351,7 +351,7 @@ def test_links_out_of_images(folder, tmp_path, link):
         image.parent.rename(other)
         image.parent.symlink_to(other)
     message = refused(folder)
-    assert message.startswith(f"{folder / 'public' / 'forget.csv'}: row 2: {image} is a link that leads out of ")
+    assert message.startswith(f"{folder / 'public' / 'forget.csv'}: row 2: {image} is a link to a place outside ")
 
 
 def test_links_that_are_followed(folder, tmp_path, small_digits):
@@ -389,14 +389,14 @@ def add(path: Path, image_id: str) -> None:
 def test_a_training_image_is_in_one_set(folder, file, other, linked):
     image_id = pd.read_csv(folder / file, dtype=str).image_id[0]
     add(folder / other, alias(folder, image_id) if linked else image_id)
-    assert refused(folder) == f"{folder / file}: 1 images are in {Path(other).name} too, the first is {image_id}"
+    assert refused(folder) == f"{folder / file}: 1 images are also in {Path(other).name}; the first is {image_id}"
 
 
 def test_an_image_listed_under_two_ids(folder):
     image_id = pd.read_csv(folder / "test.csv", dtype=str).image_id[0]
     add(folder / "test.csv", alias(folder, image_id))
     other = image_id.split("-")[0] + "-alias"
-    assert refused(folder) == f"{folder / 'test.csv'}: row 32: image_id {other!r} is listed twice, before as {image_id!r}"
+    assert refused(folder) == f"{folder / 'test.csv'}: row 32: image_id {other!r} is listed twice, the first time as {image_id!r}"
 
 
 HEADER = ",".join(COLUMNS)
@@ -427,7 +427,7 @@ HEADER = ",".join(COLUMNS)
         ('{header}\n"{id}"x,1,1,0\n', "row 2: not a readable CSV file ("),
         ("{header}\n{id},1,1,é\n".encode("latin-1"), "not UTF-8 text"),
         ("{header}\n{id},1,1,0\n".encode("utf-16"), "not UTF-8 text"),
-        ("{header}\n\n\n", "empty, it lists no image"),
+        ("{header}\n\n\n", "empty: it lists no image"),
         (Path.mkdir, "not a file"),
         (os.mkfifo, "not a file"),
         (lambda path: path.symlink_to(path.name), "cannot be read ("),
@@ -489,16 +489,16 @@ TEXT.add_text("a bomb", "x" * 10_000_000, zip=True)
     "content, words",
     [
         (header_of(20_000, 20_000), "not a readable image (Image size (400000000 pixels) exceeds"),
-        (header_of(10_000, 10_000), "not a readable image (10000x10000 pixels, at most 1024 a side are read)"),
-        (header_of(1025, 1), "not a readable image (1025x1 pixels, at most 1024 a side are read)"),
+        (header_of(10_000, 10_000), "not a readable image (10000x10000 pixels, at most 1024 per side are allowed)"),
+        (header_of(1025, 1), "not a readable image (1025x1 pixels, at most 1024 per side are allowed)"),
         (header_of(2**31 - 1, 2**31 - 1), "not a readable image ("),
         (header_of(0, 8), "not a readable image ("),
         (header_of(8, 8), "not a readable image ("),
         (header_of(8, 8, bits=7), "not a readable image ("),
         (saved(PICTURE)[:-30], "not a readable image ("),
         (saved(PICTURE, pnginfo=TEXT), "not a readable image ("),
-        (saved(Image.fromarray(np.full((8, 8), 300, np.uint16))), "only those of 8 bits a colour are read"),
-        (saved(PICTURE.convert("CMYK"), "JPEG"), "only those of 8 bits a colour are read"),
+        (saved(Image.fromarray(np.full((8, 8), 300, np.uint16))), "only 8 bits per channel are allowed"),
+        (saved(PICTURE.convert("CMYK"), "JPEG"), "only 8 bits per channel are allowed"),
         (saved(PICTURE, "GIF"), "not a readable image (cannot identify image file"),
         (b"<svg/>", "not a readable image (cannot identify image file"),
         (saved(PICTURE.resize((8, 9))), "8x9 pixels, it must be 8x8"),

@@ -252,7 +252,7 @@ def test_ctrl_c(data, method, tmp_path):
     stderr = process.communicate(timeout=60)[1]
     assert process.returncode == 130
     # joblib's own processes may add a warning of theirs as they end.
-    assert "interrupted; what was finished is kept, the same command goes on from there" in stderr.splitlines()
+    assert "interrupted; what was finished is kept, and the same command resumes from there" in stderr.splitlines()
     assert "Traceback" not in stderr
 
 
@@ -280,13 +280,13 @@ IN_RUN_6 = "if torch.initial_seed() == 6:\n    {}\nnet.eval()"
         (IN_RUN_6.format("val_loader.dataset.images = val_loader.dataset.images[:5]"), ["run 6:", "changed", "validation"]),
     ],
 )  # fmt: skip
-def test_a_method_that_breaks_the_contract_in_one_run(data, tmp_path, capsys, body, named):
+def test_a_method_that_breaks_the_contract_in_one_run(data, results, tmp_path, capsys, body, named):
     path = bad(tmp_path, body)
-    line = refused(capsys, run(data, tmp_path / "results", path, runs=8))
+    line = refused(capsys, run(data, results, path, runs=8))
     assert all(text in line for text in ["bad", *named]), line
     # What was finished is kept, the runs before it among it, and none of the failed one.
-    folder = tmp_path / "results" / "small_digits" / "public"
-    assert len(list(folder.glob("retrained/*/run_*.npz"))) == 8
+    folder = results / "small_digits" / "public"
+    assert len(list(folder.glob("retrained/*/run_*.npz"))) == 16
     assert [path.stem for path in sorted(folder.glob("bad/*/run_*.npz"))] == [f"run_{number:05d}" for number in range(6)]
     assert not (folder / "bad" / "summary.json").exists()
 
@@ -301,17 +301,17 @@ def test_changed_loaders_do_no_harm_to_the_next_method(data, method, tmp_path, u
 
 
 @pytest.mark.parametrize("jobs", [1, 2])
-def test_a_run_over_the_time_limit(data, tmp_path, capsys, jobs):
+def test_a_run_over_the_time_limit(data, results, tmp_path, capsys, jobs):
     path = bad(tmp_path, IN_RUN_6.format("time.sleep(60)"))
     start = time.monotonic()
-    line = refused(capsys, run(data, tmp_path / "results", path, "--time-limit", "1.5", runs=8, jobs=jobs))
+    line = refused(capsys, run(data, results, path, "--time-limit", "1.5", runs=8, jobs=jobs))
     assert time.monotonic() - start < 40
     assert "run 6:" in line and "time limit of 1.5 s" in line and str(path) in line
 
 
-def test_a_method_cannot_swallow_the_time_limit(data, tmp_path, capsys):
+def test_a_method_cannot_swallow_the_time_limit(data, results, tmp_path, capsys):
     path = bad(tmp_path, "try:\n    time.sleep(60)\nexcept Exception:\n    pass")
-    assert "run 0:" in refused(capsys, run(data, tmp_path / "results", path, "--time-limit", "0.5"))
+    assert "run 0:" in refused(capsys, run(data, results, path, "--time-limit", "0.5"))
 
 
 @pytest.mark.parametrize(
@@ -323,10 +323,10 @@ def test_a_method_cannot_swallow_the_time_limit(data, tmp_path, capsys):
         ("import no_such_package", "no_such_package"),
     ],
 )
-def test_a_file_that_is_no_method(data, tmp_path, capsys, source, named):
+def test_a_file_that_is_no_method(data, results, tmp_path, capsys, source, named):
     path = tmp_path / "bad.py"
     path.write_text(source)
-    line = refused(capsys, run(data, tmp_path / "results", path))
+    line = refused(capsys, run(data, results, path))
     assert str(path) in line and named in line
 
 

@@ -58,7 +58,7 @@ def digits(tmp_path_factory) -> Path:
 def mounted(digits, tmp_path_factory) -> Path:
     """A folder whose input/ is what Kaggle mounts, with the full-size original, and data/ the same for the evaluator."""
     folder = tmp_path_factory.mktemp("kaggle")
-    rehearse.make_input(load(digits), folder, 60, rehearse.RECIPE | {"epochs": 1})
+    rehearse.make_input(load(digits), folder, 40, rehearse.RECIPE | {"epochs": 1})
     return folder
 
 
@@ -286,10 +286,10 @@ FILES = [f"kaggle/tmp/unlearned_checkpoint_{run}.pth" for run in range(512)]
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        (FILES[:511], "holds 511 files, --runs 512 needs exactly 512 checkpoints; unlearned_checkpoint_511.pth is missing"),
-        ([*FILES, "unlearned_checkpoint_512.pth"], "holds 513 files, .*; unlearned_checkpoint_512.pth is not expected"),
-        ([*FILES, "again/unlearned_checkpoint_3.pth"], "holds 513 files, --runs 512 needs exactly 512 checkpoints$"),
-        ([*FILES[:511], "again/unlearned_checkpoint_3.pth"], "holds 512 files, .*; unlearned_checkpoint_511.pth is missing"),
+        (FILES[:511], "holds 511 files; --runs 512 needs exactly 512 checkpoints; unlearned_checkpoint_511.pth is missing"),
+        ([*FILES, "unlearned_checkpoint_512.pth"], "holds 513 files; .*; unlearned_checkpoint_512.pth is not expected"),
+        ([*FILES, "again/unlearned_checkpoint_3.pth"], "holds 513 files; --runs 512 needs exactly 512 checkpoints$"),
+        ([*FILES[:511], "again/unlearned_checkpoint_3.pth"], "holds 512 files; .*; unlearned_checkpoint_511.pth is missing"),
         ([*FILES, "kaggle/tmp/notes.txt"], "kaggle/tmp/notes.txt is not an unlearned_checkpoint_<run>.pth"),
     ],
 )

@@ -135,7 +135,7 @@ def test_a_method_that_changes_while_it_is_scored(data, results, tmp_path):
     evaluation = Evaluation.of(str(data), runs=4, results=results, jobs=1, device="cpu")
     method = Method.read(path)
     edit(path, "0.02", "0.50")
-    with pytest.raises(Problem, match=r"edited\.py: it, or a file it reads, was changed while it was being scored"):
+    with pytest.raises(Problem, match=r"edited\.py: it or a file it reads changed while it was being scored"):
         evaluation.score(method)
     assert not list(results.rglob("edited/*/run_*.npz"))
 
@@ -289,10 +289,18 @@ def test_a_format_of_pools_of_checkpoints_too(results, data, monkeypatch):
 # Files that are not what they were
 
 
+@pytest.fixture(scope="module")
+def scored_once(data, pools, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("scored") / "results"
+    shutil.copytree(pools, folder)
+    assert run(data, folder, FINETUNE, runs=4) == 0
+    return folder
+
+
 @pytest.fixture
-def scored(data, results) -> Path:
-    assert run(data, results, FINETUNE, runs=4) == 0
-    return results
+def scored(scored_once, tmp_path) -> Path:
+    """A copy of results with a method's summary, to damage."""
+    return Path(shutil.copytree(scored_once, tmp_path / "results"))
 
 
 RUBBISH = [b"", b"rubbish", b"[1, 2]", b'{"made_of": 3}', b"\x80\x04\x95\x0b\x00\x00\x00\x00\x00\x00\x00}\x94."]
@@ -338,8 +346,6 @@ def test_a_damaged_run_is_named(data, scored, capsys, kind, content):
     path.write_bytes(content)
     next(scored.rglob("summary.json")).unlink()
     assert f"{path}: cut off or damaged; delete it" in refused(capsys, run(data, scored, FINETUNE))
-    path.unlink()
-    assert run(data, scored, FINETUNE) == 0
 
 
 def test_a_run_of_another_pool_is_named(data, scored, capsys):
@@ -379,7 +385,7 @@ def test_two_files_of_one_name(data, results, tmp_path, capsys):
         summary = json.loads((results / "small_digits" / "public" / "same" / "summary.json").read_text())
         assert summary["path"] == str(path)
         scores.append(summary["score"])
-    assert f"same: takes the place of the results of {paths[0]}" in capsys.readouterr().err
+    assert f"same: replaces the results of {paths[0]}" in capsys.readouterr().err
     assert scores[0] == scores[2] != scores[1]
 
 

@@ -129,7 +129,7 @@ def test_a_setting_over_the_cost_limit_is_rejected(evaluation, tmp_path):
 
 
 def test_no_setting_within_the_limit(evaluation, tmp_path):
-    with pytest.raises(Problem, match=r"tried\.py: no setting tried costs less than 20%"):
+    with pytest.raises(Problem, match=r"tried\.py: every setting tried costs more than 20%"):
         tuning.tune(evaluation, method(tmp_path, busy="[2.0]", first=2.0), trials=1)
 
 
