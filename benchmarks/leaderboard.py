@@ -10,6 +10,7 @@ Methods are ranked by the private split, whose forget set was not used to choose
 
 import dataclasses
 import math
+import os
 import sys
 from pathlib import Path
 
@@ -185,6 +186,7 @@ def write(args) -> None:
         runs=args.runs,
         sizes=" and ".join(sizes),
         table=markdown(shown),
+        explained=Path(os.path.relpath(HERE / "docs" / "metric.md", page.parent)).as_posix(),
         picture=picture.relative_to(page.parent),
         correlations="\n".join(f"- {line}" for line in correlated),
         budget=searched,
@@ -218,7 +220,7 @@ reported by Ahn et al., the authors of the method in unlearning.py; those of the
 
 ![Scores of all methods]({picture})
 
-What the scores mean: [docs/metric.md](docs/metric.md). The ceiling is what a perfect unlearner would get, estimated from
+What the scores mean: [docs/metric.md]({explained}). The ceiling is what a perfect unlearner would get, estimated from
 the retrained networks.
 
 ## How far to trust a quick run

@@ -30,7 +30,7 @@ class Tries:
         if not self.file.exists():
             return pd.DataFrame()
         try:
-            table = pd.read_csv(self.file, dtype={"kept in": str})
+            table = pd.read_csv(self.file, dtype={"kept in": str}, float_precision="round_trip")
         except (OSError, ValueError) as error:
             raise Problem(f"{self.file}: not a readable table; delete it to begin a new one") from error
         missing = {"try", "kept in", "N"} - set(table)
@@ -58,7 +58,7 @@ class Tries:
                 "kept in": summary["made_of"]["unlearned"],
             }
             last = table.iloc[-1] if len(table) else {}
-            if any(last.get(name) != row[name] for name in ("kept in", "N")):
+            if any(last.get(name) != row[name] for name in ("kept in", "N", "score")):
                 write_csv(self.file, pd.concat([table, pd.DataFrame([row])], ignore_index=True))
         return summary
 

@@ -9,6 +9,8 @@ The values found are written to methods/tuned/<data>.json, which `evaluate.py --
 """
 
 import dataclasses
+import hashlib
+import json
 import sys
 import tempfile
 import time
@@ -18,6 +20,7 @@ from evaluator import command
 from evaluator.evaluation import HERE, Evaluation
 from evaluator.files import Problem, read_json, write_json
 from evaluator.method import Diverged, Method
+from evaluator.models import network_digest
 from evaluator.progress import progress
 from evaluator.runs import unlearned_pool
 from evaluator.scoring import COST_LIMIT, VERSION, score
@@ -140,13 +143,20 @@ def _study(evaluation: Evaluation, method: Method):
         raise Problem("tuning needs Optuna: pip install optuna") from error
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     # Whatever could change a trial's score is in the study's name.
-    made_of = f"{method.digest[:12]} {evaluation.retrained().folder.name} {VERSION} {evaluation.runs}"
+    made_of = {
+        **method.made_from,
+        "original": network_digest(evaluation.original()),
+        "retrained": evaluation.retrained().folder.name,
+        "scoring": VERSION,
+        "runs": evaluation.runs,
+    }
+    name = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:12]
     journal = evaluation.results / "tuning" / f"{method.name}.journal"
     journal.parent.mkdir(parents=True, exist_ok=True)
     try:
         storage = optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(str(journal)))
         study = optuna.create_study(
-            study_name=f"{method.name} {made_of}", storage=storage, direction="maximize", load_if_exists=True
+            study_name=f"{method.name} {name}", storage=storage, direction="maximize", load_if_exists=True
         )
     except (ValueError, KeyError, TypeError) as error:
         raise Problem(f"{journal}: damaged ({type(error).__name__}); delete it to start the search again") from error

@@ -244,7 +244,10 @@ def test_bad_json(folder, file, content, words):
     assert refused(folder).startswith(f"{folder / file}: ") and words in refused(folder)
 
 
-NAMED = "it must be made of letters (a-z, A-Z), digits, '.', '_' and '-', beginning with a letter or digit, at most 100 characters"
+NAMED = (
+    "it must be made of letters (a-z, A-Z), digits, '.', '_' and '-', beginning with a letter or digit, "
+    "at most 100 characters"
+)
 
 
 @pytest.mark.parametrize(
@@ -396,7 +399,8 @@ def test_an_image_listed_under_two_ids(folder):
     image_id = pd.read_csv(folder / "test.csv", dtype=str).image_id[0]
     add(folder / "test.csv", alias(folder, image_id))
     other = image_id.split("-")[0] + "-alias"
-    assert refused(folder) == f"{folder / 'test.csv'}: row 32: image_id {other!r} is listed twice, the first time as {image_id!r}"
+    row = f"{folder / 'test.csv'}: row 32"
+    assert refused(folder) == f"{row}: image_id {other!r} is listed twice, the first time as {image_id!r}"
 
 
 HEADER = ",".join(COLUMNS)

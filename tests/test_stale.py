@@ -173,6 +173,18 @@ def test_the_tuning_notebooks_tries_see_an_edit(data, results, tmp_path):
     assert len(tries.figures()) == 4
 
 
+def test_a_try_that_scores_otherwise_now_is_another_try(data, results, monkeypatch):
+    """The table does not go on showing a score of earlier scoring code as that of the last try."""
+    tries = Tries(Evaluation.of(str(data), runs=4, results=results, jobs=1, device="cpu"))
+    for _ in range(2):
+        tries.add(FINETUNE, {})
+    assert len(tries.table) == 1
+    monkeypatch.setattr(scoring, "VERSION", "another")
+    monkeypatch.setattr(scoring, "forgetting_quality", lambda epsilon, runs: 0.5)
+    tries.add(FINETUNE, {})
+    assert tries.table.F.tolist()[1:] == [0.5]
+
+
 # Data, recipe, original, scoring
 
 

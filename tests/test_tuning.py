@@ -122,6 +122,22 @@ def test_it_goes_on_where_it_was_cut_off(evaluation, small_digits, tmp_path, mon
     assert tuning.tune(evaluation, tried, trials=5) == found and len(calls) == 19  # a repeat only reads
 
 
+def test_a_search_is_of_what_could_change_a_score(evaluation, tmp_path, monkeypatch):
+    """Its code, the values that are not searched, N, the original, the scoring code: each change begins another search."""
+    tried = method(tmp_path)
+    names = [tuning._study(evaluation, tried).study_name for _ in range(2)]
+    names.append(tuning._study(evaluation, dataclasses.replace(tried, config=tried.config | {"power": 0.5})).study_name)
+    names.append(tuning._study(evaluation, dataclasses.replace(tried, digest="another")).study_name)
+    names.append(tuning._study(dataclasses.replace(evaluation, runs=5), tried).study_name)
+    with monkeypatch.context() as changed:
+        changed.setattr(tuning, "VERSION", "another")
+        names.append(tuning._study(evaluation, tried).study_name)
+    with monkeypatch.context() as changed:
+        changed.setattr(tuning, "network_digest", lambda original: "another")
+        names.append(tuning._study(evaluation, tried).study_name)
+    assert names[0] == names[1] and len(set(names)) == 6
+
+
 def test_a_setting_over_the_cost_limit_is_rejected(evaluation, tmp_path):
     found = tuning.tune(evaluation, method(tmp_path, busy="[3.0, 0.0]", first=3.0), trials=2)
     assert found["config"]["busy"] == 0.0 and found["fraction_of_retraining"] < 0.2
