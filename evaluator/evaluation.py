@@ -134,15 +134,14 @@ class Evaluation:
 
     def ceiling(self) -> dict:
         """The row of a perfect unlearner: retrained against retrained. Estimated, or measured with a second pool."""
-        pool = self.retrained()
-        retrained = pool.load(range(self.runs))
+        pool, runs = self.retrained(), range(self.runs)
         with self.alone(), stage("ceiling"):
             if self.second_pool:
-                again = self.retrained("retrained_again").load(range(self.runs))
-                scores, _ = scoring.score(again, retrained, self.data, self.attacks)
+                again = self.retrained("retrained_again").load(runs)
+                scores, _ = scoring.score(again, pool.load(runs), self.data, self.attacks)
                 return {"method": "(ceiling, measured)", **scores}
             name = f"ceiling_{self.runs}_{scoring.VERSION}"
-            quality = pool.number(name, lambda: scoring.estimated_ceiling(retrained, self.data))
+            quality = pool.number(name, lambda: scoring.estimated_ceiling(pool.load(runs), self.data))
         equal = dict.fromkeys(("ra_unlearned", "ra_retrained", "ta_unlearned", "ta_retrained"), 1.0)
         return {"method": "(ceiling, estimated)", "forgetting_quality": quality, "score": quality, **equal}
 
