@@ -1,6 +1,7 @@
 """The competition's network, torchvision's ResNet-18, at any width; reads and writes `original_model.pth`."""
 
 import hashlib
+import warnings
 from pathlib import Path
 from typing import BinaryIO
 
@@ -69,7 +70,9 @@ def load_network(net: nn.Module, path: Path, content: BinaryIO | None = None) ->
     content: the open file; `path` is then only its name in messages.
     """
     try:
-        state = torch.load(content or path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what torch says of files that are none is said below
+            state = torch.load(content or path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load has no error of its own: a cut-off or foreign file raises any of many types
         raise Problem(f"{path}: not a readable network ({one_line(error)})") from error
     if not isinstance(state, dict):

@@ -30,7 +30,7 @@ class Tries:
         if not self.file.exists():
             return pd.DataFrame()
         try:
-            table = pd.read_csv(self.file, dtype={"kept in": str}, float_precision="round_trip")
+            table = pd.read_csv(self.file, dtype={"kept in": str})
         except (OSError, ValueError) as error:
             raise Problem(f"{self.file}: not a readable table; delete it to begin a new one") from error
         missing = {"try", "kept in", "N"} - set(table)
@@ -57,8 +57,9 @@ class Tries:
                 "share of retraining cost": summary["fraction_of_retraining"],
                 "kept in": summary["made_of"]["unlearned"],
             }
-            last = table.iloc[-1] if len(table) else {}
-            if any(last.get(name) != row[name] for name in ("kept in", "N", "score")):
+            last = table.iloc[-1] if len(table) else {"score": -1.0}
+            other = any(last.get(name) != row[name] for name in ("kept in", "N"))
+            if other or abs(last["score"] - row["score"]) > 1e-9:  # CSV may lose the last digit
                 write_csv(self.file, pd.concat([table, pd.DataFrame([row])], ignore_index=True))
         return summary
 

@@ -8,6 +8,7 @@ from types import ModuleType
 
 import pytest
 import torch
+from evaluate_helpers import Launcher
 from hypothesis import settings
 from method_helpers import FORGET, RETAIN
 from torch import nn
@@ -90,3 +91,11 @@ def results(pools, tmp_path) -> Path:
     """A copy of them to work in."""
     shutil.copytree(pools, tmp_path / "results")
     return tmp_path / "results"
+
+
+@pytest.fixture(scope="session")
+def launcher(tmp_path_factory):
+    made = Launcher(tmp_path_factory.mktemp("launcher"))
+    yield made
+    made.process.stdin.close()
+    assert made.process.wait() == 0

@@ -1,6 +1,7 @@
 """The ladder and the leaderboard with few runs; what they write is what was scored."""
 
 import json
+import re
 from pathlib import Path
 from typing import NamedTuple
 
@@ -95,7 +96,8 @@ def test_a_page_that_was_not_asked_for_is_not_replaced(page):
     before = [path.read_bytes() for path in kits]
     assert leaderboard.main(page.arguments) == 0
     assert [path.read_bytes() for path in kits] == before
-    assert (page.table.parent / "RESULTS.md").read_text().replace("](leader", "](docs/leader") == page.page.read_text()
+    pages = [re.sub(r"\]\(\S+\)", "](link)", path.read_text()) for path in (page.table.parent / "RESULTS.md", page.page)]
+    assert pages[0] == pages[1]
     assert (page.table.parent / "leaderboard.png").exists()
 
 

@@ -7,7 +7,6 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -116,12 +115,6 @@ def test_a_second_pool_measures_the_ceiling(data, method, tmp_path, capsys):
     assert len(first) == len(again) == 4 and not set(first) & set(again)
 
 
-def test_output_without_a_terminal_has_no_control_characters(data, method, tmp_path):
-    done = subprocess.run(command(data, tmp_path, method), capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f]", done.stdout + done.stderr)
-
-
 # The same result whatever happens on the way
 
 
@@ -183,27 +176,7 @@ def test_the_splits_do_not_mix(undisturbed, data, method, tmp_path):
     assert summaries[0] == json.loads((undisturbed / "small_digits" / "public" / "noisy" / "summary.json").read_text())
 
 
-# Runs evaluate.py's main for each line of arguments, in a process of its own without importing everything anew.
-LAUNCHER = """
-import json, multiprocessing.forkserver, os, sys
-import evaluate
-
-fork = multiprocessing.get_context("fork")
-multiprocessing.get_context = lambda method: fork  # workers too start without importing
-multiprocessing.forkserver.ensure_running = lambda: None
-for line in sys.stdin:
-    child = os.fork()
-    if child == 0:
-        os.setsid()  # its workers are killed with it
-        for stream in (1, 2):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
-        os._exit(evaluate.main(json.loads(line)))
-    print(child, flush=True)
-    os.waitpid(child, 0)
-"""
-
-
-def test_kill_at_any_moment(data, tmp_path):
+def test_kill_at_any_moment(data, tmp_path, launcher):
     """kill -9, 20 times, at moments drawn at random: the finished result is that of an undisturbed evaluation."""
     slow = tmp_path / "slow.py"  # long enough for a kill to hit every stage of it
     slow.write_text(METHOD.replace("    net.eval()", "    import time; time.sleep(0.05)\n    net.eval()"))
@@ -212,29 +185,19 @@ def test_kill_at_any_moment(data, tmp_path):
     shutil.copytree(data, folder)
     (folder / "original_model.pth").unlink()  # its training is among what is hit
     results = tmp_path / "results"
-    launcher = subprocess.Popen(
-        [sys.executable, "-c", LAUNCHER], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
-
-    def running(child: int) -> bool:
-        return Path(f"/proc/{child}").exists()
-
     kills = hit = 0
     while kills < 20:
-        arguments = command(folder, results, slow, FINETUNE, runs=64, jobs=draw.choice([1, 2]))[2:]
-        print(json.dumps(arguments), file=launcher.stdin, flush=True)
-        child = int(launcher.stdout.readline())
+        child = launcher.start(folder, results, slow, FINETUNE, runs=64, jobs=draw.choice([1, 2]))
         before, wanted = len(times(results)), draw.randint(0, 12)
         start = time.monotonic()
-        while running(child) and len(times(results)) < before + wanted and time.monotonic() - start < 60:
+        while launcher.running() and len(times(results)) < before + wanted and time.monotonic() - start < 60:
             time.sleep(0.005)
         time.sleep(draw.uniform(0, 0.3) if wanted else draw.uniform(0, 1.5))
-        assert running(child), "finished before it was killed 20 times"
+        assert launcher.running(), "finished before it was killed 20 times"
         os.killpg(child, signal.SIGKILL)
+        launcher.wait()
         kills += 1
         hit += len(times(results)) > before
-    launcher.stdin.close()
-    assert launcher.wait() == 0
     assert hit >= 10  # most of them while runs were being made
     assert run(folder, results, slow, FINETUNE, runs=64) == 0
     assert run(folder, tmp_path / "undisturbed", slow, FINETUNE, runs=64) == 0
@@ -396,16 +359,13 @@ def test_results_that_cannot_be_written(data, method, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("jobs", [1, 2])
-def test_a_disk_that_fills_up_in_the_middle_of_a_write(undisturbed, data, method, tmp_path, jobs):
+def test_a_disk_that_fills_up_in_the_middle_of_a_write(undisturbed, data, method, tmp_path, launcher, jobs):
     """The system refuses to let any file grow beyond 2 kB, less than one run takes."""
     results = tmp_path / "results"
-    full = f"ulimit -f 2; exec {' '.join(command(data, results, method, FINETUNE, runs=12, jobs=jobs))}"
-    done = subprocess.run(["bash", "-c", full], capture_output=True, text=True)
-    assert done.returncode == 1
-    line = done.stderr.rstrip("\n").splitlines()[-1]
-    assert re.match(r"error: .*run_\d+\.npz: cannot be written \(File too large\); nothing finished is lost", line), (
-        done.stderr
-    )
+    launcher.start(data, results, method, FINETUNE, runs=12, jobs=jobs, largest_file=2048)
+    assert launcher.wait() == 1
+    line = launcher.errors().rstrip("\n").splitlines()[-1]
+    assert re.match(r"error: .*run_\d+\.npz: cannot be written \(File too large\); nothing finished is lost", line), line
     assert not list(results.rglob("run_*.npz")) and not list(results.rglob("*.part"))
     assert run(data, results, method, FINETUNE, runs=12) == 0
     assert kept(results) == kept(undisturbed)

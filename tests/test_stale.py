@@ -3,6 +3,7 @@
 import ast
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -402,7 +403,7 @@ def test_two_files_of_one_name(data, results, tmp_path, capsys):
 
 
 def test_two_evaluations_at_once(data, results, tmp_path):
-    """The second waits for the first, and finds what it made."""
+    """The second waits for the first, and finds what it made. Without a terminal there are no control characters."""
     path = tmp_path / "noisy.py"
     path.write_text(METHOD)
     processes = [
@@ -413,6 +414,7 @@ def test_two_evaluations_at_once(data, results, tmp_path):
     assert [process.returncode for process in processes] == [0, 0], said
     assert sum("waiting for another evaluation" in errors for _, errors in said) == 1
     assert said[0][0] == said[1][0]
+    assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f]", "".join(out + errors for out, errors in said))
     (pool,) = results.rglob("noisy/*/")
     assert len(list(pool.glob("run_*.npz"))) == 12
 
