@@ -199,8 +199,8 @@ def test_kill_at_any_moment(data, tmp_path, launcher):
         kills += 1
         hit += len(times(results)) > before
     assert hit >= 10  # most of them while runs were being made
-    assert run(folder, results, slow, FINETUNE, runs=64) == 0
-    assert run(folder, tmp_path / "undisturbed", slow, FINETUNE, runs=64) == 0
+    assert run(folder, results, slow, FINETUNE, runs=64, jobs=2) == 0
+    assert run(folder, tmp_path / "undisturbed", slow, FINETUNE, runs=64, jobs=2) == 0
     assert kept(results) == kept(tmp_path / "undisturbed")
 
 
