@@ -67,6 +67,8 @@ class Checkpoints:
     ) -> tuple[nn.Module, float]:
         """The network of one run. Raises Problem naming the entry that cannot be used."""
         (run,) = runs
+        if Checkpoints.read(self.path, len(self.entries)).digest != self.digest:
+            raise Problem(f"{self.path}: changed while it was being scored; run again")
         where = self.path / self.entries[run]
         try:
             with zipfile.ZipFile(self.path) as archive:

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pandas as pd
@@ -16,6 +17,7 @@ from evaluate_helpers import FINETUNE, METHOD, command, kept, refused, run, time
 
 from evaluator import pool as pool_module
 from evaluator import scoring
+from evaluator.checkpoints import Checkpoints
 from evaluator.evaluation import Evaluation
 from evaluator.files import Problem, code_digest
 from evaluator.method import Method
@@ -139,6 +141,18 @@ def test_a_method_that_changes_while_it_is_scored(data, results, tmp_path):
     with pytest.raises(Problem, match=r"edited\.py: it or a file it reads changed while it was being scored"):
         evaluation.score(method)
     assert not list(results.rglob("edited/*/run_*.npz"))
+
+
+def test_a_zip_that_changes_while_it_is_scored(tmp_path):
+    """Its key is of what it held when it was read."""
+    path = tmp_path / "submission.zip"
+    for content in (b"one", b"two"):
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("unlearned_checkpoint_0.pth", content)
+        if content == b"one":
+            checkpoints = Checkpoints.read(path, 1)
+    with pytest.raises(Problem, match=r"submission\.zip: changed while it was being scored; run again"):
+        checkpoints.networks(torch.nn.Linear(1, 1), [0], None, None)
 
 
 def test_presets_count_where_the_code_uses_them(tmp_path):
