@@ -1,6 +1,7 @@
 """The competition's layout on disk -> tensors in memory -> loaders of the competition's dict batches."""
 
 import csv
+import fnmatch
 import hashlib
 import io
 import itertools
@@ -209,10 +210,7 @@ def load(folder: Path | str, split: str = "public", device: torch.device | str =
 
     Raises Problem naming the file, and the row or field where there is one.
     """
-    folder = Path(folder)
-    if not os.path.isdir(folder):
-        hint = f"; make it with: python data/prepare.py {folder.name}" if folder.name == "digits" else ""
-        raise Problem(f"{folder}: no such data folder{hint}")
+    folder = _existing(Path(folder))
     described = folder / "dataset.json"
     if not os.path.lexists(described) and not os.path.exists(folder / "retain.csv"):
         raise Problem(f"{folder}: has neither dataset.json nor retain.csv; see data/README.md for the layout")
@@ -257,6 +255,36 @@ def load(folder: Path | str, split: str = "public", device: torch.device | str =
         class_counts=class_counts.to(device),
         **sets,
     )
+
+
+def splits(folder: Path | str, pattern: str) -> list[str]:
+    """The splits of a data folder whose names match a pattern, in the order public, public-2, …, public-10.
+
+    A name without wildcards stands for itself. The competition's own folder has one forget set only, which every pattern
+    matches. Raises Problem when none matches.
+    """
+    folder = _existing(Path(folder))
+    if not set(pattern) & set("*?["):
+        return [pattern]
+    found = [path.parent.name for path in folder.glob("*/retain.csv")]
+    if not found and os.path.exists(folder / "retain.csv"):
+        return ["kaggle"]
+
+    def natural(name: str) -> tuple[str, int]:
+        stem, number = re.fullmatch(r"(.*?)-?([0-9]*)", name).groups()
+        return stem, int(number or 0)
+
+    matching = sorted(fnmatch.filter(found, pattern), key=natural)
+    if not matching:
+        raise Problem(f"{folder}: no split matches '{pattern}'; there are: {_listed(sorted(found, key=natural)) or 'none'}")
+    return matching
+
+
+def _existing(folder: Path) -> Path:
+    if not os.path.isdir(folder):
+        hint = f"; make it with: python data/prepare.py {folder.name}" if folder.name == "digits" else ""
+        raise Problem(f"{folder}: no such data folder{hint}")
+    return folder
 
 
 def _read_text(path: Path) -> str:

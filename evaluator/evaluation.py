@@ -67,10 +67,9 @@ class Evaluation:
         if time_limit is not None and not time_limit > 0:
             raise Problem(f"--time-limit {time_limit:g}: must be more than 0 seconds")
         device = working_device(device)
-        folder = Path(data) if Path(data).is_dir() else HERE / "data" / data
         jobs = jobs or (1 if device == "cuda" else joblib.cpu_count())
         setting = Setting(Path(results).absolute(), jobs, device, time_limit, keep_networks)
-        return cls(folder, split, setting, runs, second_pool, attacks)
+        return cls(data_folder(data), split, setting, runs, second_pool, attacks)
 
     @cached_property
     def data(self) -> Data:
@@ -217,6 +216,11 @@ def stage(name: str):
     seconds = time.perf_counter() - start
     if seconds > 1:
         print(f"{name}: {seconds:.1f} s", file=sys.stderr, flush=True)
+
+
+def data_folder(data: str) -> Path:
+    """A name under data/, or any folder."""
+    return Path(data) if Path(data).is_dir() else HERE / "data" / data
 
 
 def working_device(wanted: str) -> str:
