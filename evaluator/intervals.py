@@ -1,0 +1,170 @@
+"""How far a score can be trusted: its interval, that of a difference, and the sentence that may be said of two methods.
+
+At one forget set the runs are what varies: the metric is asked again about random halves of them (`half_samples`). Over
+several forget sets the sets vary too, and their scores say by how much (`mean_over`, `difference_over`). Every interval is
+a 95% one; benchmarks/coverage.py shows how often they hold, and docs/trust.md says what that means.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, TypeVar
+
+import numpy as np
+import torch
+from scipy import stats
+from torch import Tensor
+
+from evaluator.metric import (
+    BUFFER,
+    LARGEST_EPSILON,
+    SMALLEST_RANGE_RATIO,
+    _epsilon_table,
+    _single_threshold,
+    competition_score,
+    forgetting_quality,
+)
+
+LEVEL = 0.95
+HALVES = 16
+FEWEST_RUNS, FEWEST_SETS = 64, 4  # below them intervals are said to be unreliable
+STEP = 0.04  # between the ends of a half-sample's intervals; the metric's own is 0.01
+Row = TypeVar("Row")
+
+
+class Interval(NamedTuple):
+    """A value and its 95% interval; low and high are NaN where there is too little to say."""
+
+    value: float
+    low: float
+    high: float
+
+
+def half_samples(unlearned: dict[str, Tensor], retrained: dict[str, Tensor]) -> dict[str, list[float]]:
+    """Forgetting quality and score of random halves of the runs, an independent half of each side.
+
+    unlearned, retrained: "confidences" [runs, examples], "ra" and "ta" [runs]. Returns "forgetting_quality" and "score",
+    HALVES values each; the n-th value of two methods comes from runs with the same numbers, so that they are paired. With
+    fewer than 8 runs they are NaN. Halves are drawn without replacement, as a run that is drawn twice looks like a
+    difference to the metric; a run is drawn for all examples at once, which makes their correlation count.
+    """
+    runs, examples = unlearned["confidences"].shape
+    if runs < 8:
+        return {"forgetting_quality": [math.nan] * HALVES, "score": [math.nan] * HALVES}
+    size = runs // 2
+    order = torch.rand(2, HALVES, runs, generator=torch.Generator().manual_seed(0)).argsort(dim=2)
+    ours, theirs = order[:, :, :size]  # [halves, size]
+    # A half's examples become columns, and all of them go through the metric at once.
+    columns = (side["confidences"][half.T].flatten(1) for side, half in ((unlearned, ours), (retrained, theirs)))
+    found = _coarse_epsilons(*columns).view(HALVES, examples)
+    quality = [forgetting_quality(epsilons, size) for epsilons in found]
+    score = [
+        competition_score(value, unlearned["ra"][our], retrained["ra"][their], unlearned["ta"][our], retrained["ta"][their])
+        for value, our, their in zip(quality, ours, theirs, strict=True)
+    ]
+    return {"forgetting_quality": quality, "score": score}
+
+
+def interval(value: float, draws: Sequence[float]) -> Interval:
+    """Of F or a score at one forget set, from its half-samples. It never reaches below 0."""
+    low, high = _around(value, _scaled(value, draws))
+    return Interval(value, float(np.maximum(low, 0)), high)
+
+
+def difference(a: float, draws_a: Sequence[float], b: float, draws_b: Sequence[float]) -> Interval:
+    """Of a - b, two methods' F or scores at one forget set and the same N. A beats B when low > 0."""
+    return Interval(a - b, *_around(a - b, _scaled(a, draws_a) - _scaled(b, draws_b)))
+
+
+def mean_over(values: Sequence[float]) -> tuple[float, float, Interval]:
+    """The mean over S forget sets, its standard error and interval (Student's t, S - 1 degrees of freedom).
+
+    With one forget set the standard error and the ends are NaN.
+    """
+    values = np.asarray(values, dtype=float)
+    mean = float(values.mean())
+    if len(values) < 2:
+        return mean, math.nan, Interval(mean, math.nan, math.nan)
+    error = float(values.std(ddof=1) / math.sqrt(len(values)))
+    reach = error * stats.t.ppf((1 + LEVEL) / 2, len(values) - 1)
+    return mean, error, Interval(mean, mean - reach, mean + reach)
+
+
+def difference_over(a: Sequence[float], b: Sequence[float]) -> Interval:
+    """Of the mean of a - b, the scores of two methods on the same S forget sets, in the same order."""
+    return mean_over(np.subtract(a, b))[2]
+
+
+def verdict(name_a: str, name_b: str, difference: Interval, forget_sets: int, runs: int) -> str:
+    """What may be said of two methods, in a sentence. difference: of a - b."""
+    value, low, high = difference
+    where = "on this forget set" if forget_sets == 1 else f"{forget_sets} forget sets"
+    if math.isnan(low):
+        return f"{name_a} and {name_b} cannot be compared: difference {value:.4f}, but too few runs or forget sets for more."
+    if high < 0:
+        name_a, name_b, value, low, high = name_b, name_a, -value, -high, -low
+    known = f"(95% interval {low:.4f} to {high:.4f}, {where})"
+    if low > 0:
+        said = f"{name_a} beats {name_b} by {value:.4f} {known}."
+    else:
+        said = f"{name_a} and {name_b} cannot be told apart: difference {value:.4f} {known}."
+    few = [f"{runs} runs, at least {FEWEST_RUNS}"] * (runs < FEWEST_RUNS)
+    few += [f"{forget_sets} forget sets, at least {FEWEST_SETS}"] * (1 < forget_sets < FEWEST_SETS)
+    return said + "".join(f" Do not rely on it: {reason} are needed." for reason in few)
+
+
+def groups(rows: Sequence[Row], difference: Callable[[Row, Row], Interval]) -> list[int]:
+    """The group of each row of a leaderboard that is sorted by score, from 1: a new one begins with the first row that the
+    first of its group beats. difference: the interval of the first row minus the second."""
+    found, first = [], 0
+    for number, row in enumerate(rows):
+        if number and difference(rows[first], row).low > 0:
+            first = number
+        found.append(found[-1] + (first == number) if found else 1)
+    return found
+
+
+def _scaled(value: float, draws: Sequence[float]) -> np.ndarray:
+    """Half-samples, moved to the level of the full sample: F falls with N, and its error in proportion."""
+    draws = np.asarray(draws, dtype=float)
+    mean = draws.mean()
+    return draws * (value / mean) if value > 0 and mean > 0 else draws
+
+
+def _around(value: float, draws: np.ndarray) -> tuple[float, float]:
+    # The values of halves spread around their mean as full samples spread around theirs, for anything like a mean over
+    # the runs (Politis and Romano, 1994, delete-half).
+    reach = float(draws.std(ddof=1) * stats.t.ppf((1 + LEVEL) / 2, len(draws) - 1))
+    return value - reach, value + reach
+
+
+def _coarse_epsilons(unlearned: Tensor, retrained: Tensor) -> Tensor:
+    """The metric's epsilons with intervals whose ends lie STEP apart, at a twentieth of the cost: [examples].
+
+    Where no threshold survives epsilon is 0: nothing tells the sides apart.
+    """
+    table = _epsilon_table(len(unlearned))
+    sides = (side.double().T.contiguous().sort().values.split(32) for side in (unlearned, retrained))  # bounds memory
+    return torch.cat([_coarse(ours, theirs, table) for ours, theirs in zip(*sides, strict=True)])
+
+
+def _coarse(unlearned: Tensor, retrained: Tensor, table: Tensor) -> Tensor:
+    """Of sorted sides [examples, runs]. As all ends lie on one grid, so do all left ends that belong to a right end."""
+    runs = unlearned.shape[1]
+    threshold = _single_threshold(unlearned, retrained, table)[0]
+    ranges = torch.stack([side[:, -1] - side[:, 0] for side in (unlearned, retrained)])
+    unlearned_positive = (ranges[0] < ranges[1]).unsqueeze(1)
+    positive = torch.where(unlearned_positive, unlearned, retrained)
+    negative = torch.where(unlearned_positive, retrained, unlearned)
+    steps = round(2 * BUFFER / STEP)
+    grid = STEP * torch.arange(2 * steps + 1, device=unlearned.device)
+    right = positive[:, -1:] - BUFFER + grid[: steps + 1]
+    left = positive[:, :1] - 2 * BUFFER + grid
+
+    def inside(side: Tensor) -> Tensor:
+        up_to_right = torch.searchsorted(side, right, right=True, out_int32=True)
+        below_left = torch.searchsorted(side, left, out_int32=True)
+        return (up_to_right.unsqueeze(2) - below_left.unfold(1, steps + 1, 1)).clamp_(min=0)
+
+    interval = table[inside(positive) * (runs + 1) + inside(negative)].amax(dim=(1, 2))
+    epsilon = torch.maximum(threshold, interval).clamp(0, LARGEST_EPSILON)
+    return torch.where(ranges.amin(0) / ranges.amax(0) < SMALLEST_RANGE_RATIO, LARGEST_EPSILON, epsilon)
