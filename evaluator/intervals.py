@@ -26,8 +26,9 @@ from evaluator.metric import (
 
 LEVEL = 0.95
 HALVES = 16
+FEWEST_TO_HALVE = 8  # runs: F of fewer than 4 has next to no bins
 FEWEST_RUNS, FEWEST_SETS = 64, 4  # below them intervals are said to be unreliable
-STEP = 0.04  # between the ends of a half-sample's intervals; the metric's own is 0.01
+STEP = 0.08  # between the ends of a half-sample's intervals; the metric's own is 0.01
 Row = TypeVar("Row")
 
 
@@ -43,19 +44,19 @@ def half_samples(unlearned: dict[str, Tensor], retrained: dict[str, Tensor]) -> 
     """Forgetting quality and score of random halves of the runs, an independent half of each side.
 
     unlearned, retrained: "confidences" [runs, examples], "ra" and "ta" [runs]. Returns "forgetting_quality" and "score",
-    HALVES values each; the n-th value of two methods comes from runs with the same numbers, so that they are paired. With
-    fewer than 8 runs they are NaN. Halves are drawn without replacement, as a run that is drawn twice looks like a
-    difference to the metric; a run is drawn for all examples at once, which makes their correlation count.
+    HALVES values each; the n-th value of two methods comes from runs with the same numbers, so that they are paired. They
+    are NaN with fewer than FEWEST_TO_HALVE runs. Halves are drawn without replacement, as a run that is drawn twice looks
+    like a difference to the metric; a run is drawn for all examples at once, which makes their correlation count.
     """
     runs, examples = unlearned["confidences"].shape
-    if runs < 8:
+    if runs < FEWEST_TO_HALVE:
         return {"forgetting_quality": [math.nan] * HALVES, "score": [math.nan] * HALVES}
     size = runs // 2
     order = torch.rand(2, HALVES, runs, generator=torch.Generator().manual_seed(0)).argsort(dim=2)
     ours, theirs = order[:, :, :size]  # [halves, size]
     # A half's examples become columns, and all of them go through the metric at once.
     columns = (side["confidences"][half.T].flatten(1) for side, half in ((unlearned, ours), (retrained, theirs)))
-    found = _coarse_epsilons(*columns).view(HALVES, examples)
+    found = quick_epsilons(*columns).view(HALVES, examples)
     quality = [forgetting_quality(epsilons, size) for epsilons in found]
     score = [
         competition_score(value, unlearned["ra"][our], retrained["ra"][their], unlearned["ta"][our], retrained["ta"][their])
@@ -137,7 +138,7 @@ def _around(value: float, draws: np.ndarray) -> tuple[float, float]:
     return value - reach, value + reach
 
 
-def _coarse_epsilons(unlearned: Tensor, retrained: Tensor) -> Tensor:
+def quick_epsilons(unlearned: Tensor, retrained: Tensor) -> Tensor:
     """The metric's epsilons with intervals whose ends lie STEP apart, at a twentieth of the cost: [examples].
 
     Where no threshold survives epsilon is 0: nothing tells the sides apart.
