@@ -1,22 +1,53 @@
-"""Hyperparameters tried by hand: a table of the tries, and figures of the last one beside the previous one."""
+"""Hyperparameters tried by hand: a table of the tries, two of them compared, and figures of the last two."""
 
 import dataclasses
+import json
+import math
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import NamedTuple
 
 import pandas as pd
+import torch
 from matplotlib.figure import Figure
 
 from evaluator import report, scoring
+from evaluator.data import Data
 from evaluator.evaluation import Evaluation
 from evaluator.files import Problem, read_json, write_csv
+from evaluator.intervals import Interval, difference, half_samples
 from evaluator.method import Method
+from evaluator.metric import forgetting_quality
 from evaluator.pool import Pool
+
+TEXTS = ("date", "method", "changes", "kept in", "config")
+COLUMNS = (
+    *("try", "date", "method", "changes", "N", "score", "F", "RA_U/RA_R", "TA_U/TA_R", "share of retraining cost"),
+    *("kept in", "config"),
+)
+
+
+class Comparison(NamedTuple):
+    """What changed from one try to another. What an example's epsilon earns, averaged over the examples, is F."""
+
+    score: Interval  # of the second minus the first
+    better: int  # forget examples that earn more in the second
+    worse: int
+    examples: pd.DataFrame  # all forget examples, the most changed first
+
+    def __str__(self) -> str:
+        value, low, high = self.score
+        known = "too few runs for an interval" if math.isnan(low) else f"95% interval {low:+.4f} to {high:+.4f}"
+        return f"score {value:+.4f} ({known}); {self.better} of {len(self.examples)} examples better, {self.worse} worse"
 
 
 @dataclass(frozen=True)
 class Tries:
-    """The tries on one data set and split, kept as results/<data>/<split>/tries.csv, one row per try."""
+    """The tries on one data set and split, kept as results/<data>/<split>/tries.csv, one row per try.
+
+    date: when it was scored, in UTC. config: all values, as JSON: `add(path, json.loads(config))` makes the try again.
+    """
 
     evaluation: Evaluation
 
@@ -26,17 +57,17 @@ class Tries:
 
     @property
     def table(self) -> pd.DataFrame:
-        """Raises Problem when the file is damaged."""
+        """Cells that an older table does not have are empty. Raises Problem when the file is damaged."""
         if not self.file.exists():
-            return pd.DataFrame()
+            return pd.DataFrame(columns=COLUMNS)
         try:
-            table = pd.read_csv(self.file, dtype={"kept in": str})
+            table = pd.read_csv(self.file, dtype=dict.fromkeys(TEXTS, str), float_precision="round_trip")
         except (OSError, ValueError) as error:
             raise Problem(f"{self.file}: not a readable table; delete it to begin a new one") from error
         missing = {"try", "kept in", "N"} - set(table)
         if missing:
             raise Problem(f"{self.file}: no column '{min(missing)}'; delete it to begin a new one")
-        return table
+        return table.reindex(columns=[*COLUMNS, *table.columns.difference(COLUMNS, sort=False)])
 
     def add(self, path: Path | str, changes: dict) -> dict:
         """Score a method with some fields of its Config changed; returns the summary. A setting that was tried before is
@@ -47,6 +78,7 @@ class Tries:
             table = self.table
             row = {
                 "try": len(table) + 1,
+                "date": datetime.now(UTC).isoformat(timespec="seconds"),
                 "method": method.name,
                 "changes": ", ".join(f"{name} = {value}" for name, value in changes.items()) or "none",
                 "N": summary["runs"],
@@ -56,25 +88,61 @@ class Tries:
                 "TA_U/TA_R": summary["ta_unlearned"] / summary["ta_retrained"],
                 "share of retraining cost": summary["fraction_of_retraining"],
                 "kept in": summary["made_of"]["unlearned"],
+                "config": json.dumps(method.config),
             }
-            last = table.iloc[-1] if len(table) else {"score": -1.0}
-            other = any(last.get(name) != row[name] for name in ("kept in", "N"))
-            if other or abs(last["score"] - row["score"]) > 1e-9:  # CSV may lose the last digit
-                write_csv(self.file, pd.concat([table, pd.DataFrame([row])], ignore_index=True))
+            rows = table.to_dict("records")
+            if not rows or any(rows[-1][name] != row[name] for name in ("kept in", "N", "score")):
+                write_csv(self.file, pd.DataFrame([*rows, row], columns=list(table)))
         return summary
+
+    def overview(self) -> pd.DataFrame:
+        """The table for people: by date, with a mark beside the best score at each N, rounded."""
+        table = self.table.sort_values("date", kind="stable", na_position="first")
+        best = table.score == table.groupby("N").score.transform("max")
+        table.insert(table.columns.get_loc("score") + 1, "best", best.map({True: "* best at this N", False: ""}))
+        return table.drop(columns=["kept in", "config"]).round(4)
+
+    def last_two(self) -> list[int]:
+        """The numbers of the last tries at this N, at most two."""
+        return self.table.query(f"N == {self.evaluation.runs}")["try"].tail(2).tolist()
+
+    def compare(self, first: int, second: int) -> Comparison:
+        """Two tries by their numbers, example by example. Raises Problem when there is no such try, the two have different
+        numbers of runs, or their runs are no longer kept or were made of other data."""
+        table = self.table.set_index("try")
+        for number in (first, second):
+            if number not in table.index:
+                raise Problem(f"{self.file}: no try {number}; there are {', '.join(map(str, table.index)) or 'none'}")
+        runs, other = table.N[[first, second]]
+        if runs != other:
+            raise Problem(
+                f"{self.file}: try {first} has N = {runs}, try {second} N = {other}: such scores cannot be compared; "
+                "make one of them again with the other's runs"
+            )
+        data = self.evaluation.data
+        retrained = dataclasses.replace(self.evaluation, runs=int(runs)).retrained().load(range(runs))
+        pools = [self._runs(number, kept, runs) for number, kept in table["kept in"][[first, second]].items()]
+        (before, old), (after, new) = (scoring.score(pool, retrained, data) for pool in pools)
+        draws = [half_samples(_asked(pool, data), _asked(retrained, data))["score"] for pool in pools]
+        examples = old[["image_id", "age_group"]].assign(
+            **{f"epsilon, try {first}": old.epsilon, f"epsilon, try {second}": new.epsilon},
+            **{f"earns, try {first}": _earned(old.epsilon, runs), f"earns, try {second}": _earned(new.epsilon, runs)},
+        )
+        change = _earned(new.epsilon, runs) - _earned(old.epsilon, runs)
+        most = pd.DataFrame({"earned": change.abs(), "epsilon": (new.epsilon - old.epsilon).abs()})
+        return Comparison(
+            difference(after["score"], draws[1], before["score"], draws[0]),
+            int((change > 0).sum()),
+            int((change < 0).sum()),
+            examples.loc[most.sort_values(["earned", "epsilon"], ascending=False, kind="stable").index],
+        )
 
     def figures(self) -> list[Figure]:
         """Confidences on the forget and on the retain set, and epsilon: of the last two tries at this N."""
         runs, data = self.evaluation.runs, self.evaluation.data
-        shown = self.table.query(f"N == {runs}").tail(2).iloc[::-1]
+        kept_in = self.table.set_index("try")["kept in"]
         retrained = self.evaluation.retrained().load(range(runs))
-        pools = {}
-        for number, kept in zip(shown["try"], shown["kept in"], strict=True):
-            folder = self.evaluation.results / "tuning"
-            pool = Pool(folder, read_json(folder / kept / "made_from.json"))
-            if pool.folder.name != kept:
-                raise Problem(f"{folder / kept}: damaged; delete {self.file} to begin a new table")
-            pools[f"try {number}"] = pool.load(range(runs))
+        pools = {f"try {number}": self._runs(number, kept_in[number], runs) for number in reversed(self.last_two())}
 
         def confidences(pool: dict) -> dict:
             return {"forget": scoring.confidences(pool, data), "retain": pool["retain_confidences"]}
@@ -93,3 +161,25 @@ class Tries:
         for figure in figures[2:]:  # the same scale, to compare by eye
             figure.axes[0].set_ylim(0, top)
         return figures
+
+    def _runs(self, number: int, kept: str, runs: int) -> dict[str, torch.Tensor]:
+        """The kept runs of a try."""
+        folder = self.evaluation.results / "tuning"
+        made_from = read_json(folder / kept / "made_from.json")
+        pool = Pool(folder, made_from) if made_from else None
+        if pool is None or pool.folder.name != kept:
+            raise Problem(f"{folder / kept}: damaged or gone; delete {self.file} to begin a new table")
+        now = {"data": self.evaluation.data.digest, "recipe": dataclasses.asdict(self.evaluation.recipe)}
+        for name, value in now.items():
+            if made_from.get(name) != value:
+                raise Problem(f"{self.file}: try {number} was made with other {name}; delete the file to begin a new table")
+        return pool.load(range(runs))
+
+
+def _asked(pool: dict[str, torch.Tensor], data: Data) -> dict[str, torch.Tensor]:
+    return {"confidences": scoring.confidences(pool, data), "ra": pool["ra"], "ta": pool["ta"]}
+
+
+def _earned(epsilon: pd.Series, runs: int) -> pd.Series:
+    """What each example adds to F, times their number."""
+    return epsilon.map(lambda value: forgetting_quality(torch.tensor([value]), runs))

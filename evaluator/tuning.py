@@ -1,7 +1,8 @@
-"""Searches a method's hyperparameters with Optuna, for the best competition score on the public split.
+"""Searches a method's hyperparameters with Optuna, for the best mean score over the public forget sets.
 
     python -m evaluator.tuning methods/fanchuan.py          one method; every method gets the same budget; resumable
     python -m evaluator.tuning                              every method
+    python -m evaluator.tuning --split public               one forget set instead of all that match public*
 
 What may be tried stands beside each field of a method's Config, as an annotation:
 `Annotated[float, (low, high)]`, `(low, high, "log")` for either number type, or a list of choices.
@@ -11,9 +12,11 @@ The values found are written to methods/tuned/<data>.json, which `evaluate.py --
 import dataclasses
 import hashlib
 import json
+import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from evaluator import command
@@ -25,7 +28,7 @@ from evaluator.progress import progress
 from evaluator.runs import unlearned_pool
 from evaluator.scoring import COST_LIMIT, VERSION, score
 
-TRIALS, RUNS = 20, 64  # the budget of a method: settings scored, runs of each,
+TRIALS, RUNS = 20, 16  # the budget of a method: settings scored, runs of each on every forget set,
 FINALISTS, TIMES_RUNS = 4, 4  # how many of the best are scored again, with how many times the runs
 DRAWN_AT_RANDOM = 8  # trials, before the sampler starts to learn from them
 
@@ -60,22 +63,22 @@ def suggest(trial, method: Method) -> dict:
     return values
 
 
-def tune(evaluation: Evaluation, method: Method, trials: int = TRIALS) -> dict:
-    """Search until `trials` settings within the cost limit are scored, each with as many runs as the evaluation has; the
-    best few are scored again with more runs, and the best of those is taken.
+def tune(evaluations: Sequence[Evaluation], method: Method, trials: int = TRIALS) -> dict:
+    """Search until `trials` settings within the cost limit are scored: the mean over some forget sets of one data set, each
+    with as many runs as its evaluation has. The best few are scored again with more runs, and the best of those is taken.
 
-    A setting over the limit of 20% of a retraining, or with which a network diverges, is rejected without a score; there
-    may be twice as many of those. The first setting has the Config's defaults, so that no method starts from values found
-    earlier. Trials are kept under results/<data>/<split>/tuning, and an interrupted search resumes there. Returns what
-    `write` puts into methods/tuned/<data>.json.
+    A setting over the limit of 20% of a retraining, or with which a network diverges on any forget set, is rejected without
+    a score; there may be twice as many of those. The first setting has the Config's defaults, so that no method starts from
+    values found earlier. Trials are kept under results/<data>/<first split>/tuning, and an interrupted search resumes there.
+    Returns what `write` puts into methods/tuned/<data>.json.
     """
-    with evaluation.alone():
-        study = _study(evaluation, method)
-        search(study, evaluation, method, trials)
-        return finals(study, evaluation, method)
+    with evaluations[0].alone():
+        study = _study(evaluations, method)
+        search(study, evaluations, method, trials)
+        return finals(study, evaluations, method)
 
 
-def search(study, evaluation: Evaluation, method: Method, trials: int) -> None:
+def search(study, evaluations: Sequence[Evaluation], method: Method, trials: int) -> None:
     """Score settings until there are `trials` of them."""
     import optuna
 
@@ -87,11 +90,11 @@ def search(study, evaluation: Evaluation, method: Method, trials: int) -> None:
             trial = study.ask()
             tried = dataclasses.replace(method, config=method.config | suggest(trial, method))
             try:
-                cost = evaluation.cost(tried, repeats=1, at_most=0.5)
+                cost = evaluations[0].cost(tried, repeats=1, at_most=0.5)
                 if cost > COST_LIMIT:
                     study.tell(trial, COST_LIMIT - cost)  # below every score, so the search turns away
                     continue
-                value = _score(evaluation, tried)
+                value = statistics.fmean(scores(evaluations, tried).values())
             except Diverged:
                 study.tell(trial, -1.0)
                 continue
@@ -103,28 +106,38 @@ def search(study, evaluation: Evaluation, method: Method, trials: int) -> None:
         raise Problem(f"{method.path}: every setting tried costs more than {COST_LIMIT:.0%} of a retraining or diverges")
 
 
-def finals(study, evaluation: Evaluation, method: Method) -> dict:
-    """The best of the best few, scored again: few runs give noisy scores, and the best of many noisy ones is mostly luck."""
-    longer = dataclasses.replace(evaluation, runs=TIMES_RUNS * evaluation.runs)
+def finals(study, evaluations: Sequence[Evaluation], method: Method) -> dict:
+    """The best of the best few, scored again: few runs give noisy scores, and the best of many noisy ones is mostly luck.
 
-    def final_score(trial) -> float:
-        name = f"score of trial {trial.number} at N = {longer.runs}"
+    Raises Problem when all of them diverge.
+    """
+    runs, forget_sets = evaluations[0].runs, len(evaluations)
+    longer = [dataclasses.replace(evaluation, runs=TIMES_RUNS * runs) for evaluation in evaluations]
+
+    def final_scores(trial) -> dict[str, float]:
+        name = f"scores of trial {trial.number} at N = {longer[0].runs}"
         if name not in study.user_attrs:
             try:
-                value = _score(longer, dataclasses.replace(method, config=_config(trial, method)))
+                found = scores(longer, dataclasses.replace(method, config=_config(trial, method)))
             except Diverged:
-                value = -1.0
-            study.set_user_attr(name, value)
+                found = {}
+            study.set_user_attr(name, found)
         return study.user_attrs[name]
 
     finalists = sorted(_scored(study), key=lambda trial: -trial.value)[:FINALISTS]
-    best = max(finalists, key=final_score)
+    means = {trial.number: statistics.fmean(found.values()) for trial in finalists if (found := final_scores(trial))}
+    if not means:
+        raise Problem(f"{method.path}: each of the best {len(finalists)} settings diverges at N = {longer[0].runs}")
+    best = next(trial for trial in finalists if trial.number == max(means, key=means.get))
+    where = f" on {forget_sets} forget sets" if forget_sets > 1 else ""
     return {
         "config": best.user_attrs["config"],
-        "score": final_score(best),
+        "score": means[best.number],
+        "scores": final_scores(best),
+        "forget_sets": forget_sets,
         "fraction_of_retraining": best.user_attrs["fraction_of_retraining"],
-        "runs": longer.runs,
-        "trials": f"{len(_scored(study))} at N = {evaluation.runs}, {len(finalists)} of them at N = {longer.runs}",
+        "runs": longer[0].runs,
+        "trials": f"{len(_scored(study))} at N = {runs}{where}, {len(finalists)} of them at N = {longer[0].runs}",
         "rejected": len(_finished(study)) - len(_scored(study)),
     }
 
@@ -135,7 +148,7 @@ def write(found: dict, method: Method, data_name: str) -> None:
     write_json(file, dict(sorted((read_json(file) | {method.name: found}).items())))
 
 
-def _study(evaluation: Evaluation, method: Method):
+def _study(evaluations: Sequence[Evaluation], method: Method):
     """The kept search of a method, or a new one that begins with the published setting."""
     try:
         import optuna
@@ -145,13 +158,13 @@ def _study(evaluation: Evaluation, method: Method):
     # Whatever could change a trial's score is in the study's name.
     made_of = {
         **method.made_from,
-        "original": network_digest(evaluation.original()),
-        "retrained": evaluation.retrained().folder.name,
+        "original": network_digest(evaluations[0].original()),
+        "retrained": {evaluation.data.split: evaluation.retrained().folder.name for evaluation in evaluations},
         "scoring": VERSION,
-        "runs": evaluation.runs,
+        "runs": evaluations[0].runs,
     }
     name = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:12]
-    journal = evaluation.results / "tuning" / f"{method.name}.journal"
+    journal = evaluations[0].results / "tuning" / f"{method.name}.journal"
     journal.parent.mkdir(parents=True, exist_ok=True)
     try:
         storage = optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(str(journal)))
@@ -193,16 +206,30 @@ def _published_setting(method: Method) -> dict:
     return setting
 
 
+def scores(evaluations: Sequence[Evaluation], method: Method) -> dict[str, float]:
+    """A method's score on each forget set, by split. The runs are not kept.
+
+    Raises Diverged when a network diverges on any of them, and Problem naming the split.
+    """
+    return {evaluation.data.split: _score(evaluation, method) for evaluation in evaluations}
+
+
 def _score(evaluation: Evaluation, method: Method) -> float:
-    retrained = evaluation.retrained().load(range(evaluation.runs))
-    with tempfile.TemporaryDirectory() as folder:  # a trial's runs are not kept, its score is
+    data, runs = evaluation.data, range(evaluation.runs)
+    retrained = evaluation.retrained().load(runs)
+    with tempfile.TemporaryDirectory() as folder:
         setting = dataclasses.replace(evaluation.setting, results=Path(folder))
-        made = (setting, evaluation.data, evaluation.recipe, evaluation.original(), method, evaluation.runs)
-        return score(unlearned_pool(*made).load(range(evaluation.runs)), retrained, evaluation.data)[0]["score"]
+        try:
+            unlearned = unlearned_pool(setting, data, evaluation.recipe, evaluation.original(), method, len(runs))
+            return score(unlearned.load(runs), retrained, data)[0]["score"]
+        except Diverged:
+            raise
+        except Problem as problem:
+            raise Problem(f"split {data.split}: {problem}") from problem
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = command.parser(__doc__, runs=RUNS)
+    parser = command.parser(__doc__, "split", runs=RUNS, split="public*")
     parser.add_argument("methods", nargs="*", type=Path, metavar="METHOD", help="method files (default: every one)")
     parser.add_argument("--trials", type=int, default=TRIALS, help="settings to score per method (default: %(default)s)")
     args = parser.parse_args(arguments)
@@ -210,17 +237,18 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def tune_all(args) -> None:
-    evaluation = command.evaluation(args, split="public")
+    evaluations = [command.evaluation(args, split=split) for split in command.splits_asked(args)]
+    data_name = evaluations[0].data.name
     if args.trials < 1:
         raise Problem(f"--trials {args.trials}: at least 1 setting must be scored")
     for path in args.methods or [HERE / "unlearning.py", *sorted((HERE / "methods").glob("*.py"))]:
-        method = Method.read(path, evaluation.data.name)
+        method = Method.read(path, data_name)
         start = time.perf_counter()
-        found = tune(evaluation, method, args.trials)
+        found = tune(evaluations, method, args.trials)
         minutes = (time.perf_counter() - start) / 60
-        write(found, method, evaluation.data.name)
+        write(found, method, data_name)
         print(
-            f"{method.name}: score {found['score']:.4f} at N = {found['runs']}, {found['config']} ({minutes:.1f} min)",
+            f"{method.name}: score {found['score']:.4f} ({found['trials']}), {found['config']} ({minutes:.1f} min)",
             flush=True,
         )
 

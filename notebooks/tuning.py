@@ -8,7 +8,7 @@
 # # Change a value, see what it does
 #
 # Edit the next cell and run everything: about a minute for 64 runs on the digits (the retrained networks are made once and
-# kept). The table keeps every try; the figures show the last try beside the previous one. The notebook for Kaggle is
+# kept). The table keeps every try; below it, the last try is compared with the previous one. The notebook for Kaggle is
 # `submission.ipynb`.
 
 # %%
@@ -34,13 +34,27 @@ runs, data = int(os.environ.get("TUNING_RUNS", runs)), os.environ.get("TUNING_DA
 results = Path(os.environ.get("TUNING_RESULTS", kit / "results"))
 tries = Tries(Evaluation.of(data, split, runs, results))
 tries.add(kit / method, changes)
-display(tries.table.drop(columns="kept in").round(4))
+display(tries.overview())
+
+# %% [markdown]
+# `tries.table` is a pandas DataFrame with every value: sort and search it as such. `json.loads` of a try's `config` gives
+# the `changes` that make it again. Next, the last two tries with this number of runs: the change of the score, and the
+# forget examples that changed most (epsilon: how well the best attack tells unlearned from retrained; earns: what that is
+# worth, 1 at best). An interval that contains 0 means that the change may be noise. `tries.compare(1, 3)` compares others.
+
+# %%
+last = tries.last_two()
+if len(last) == 2:
+    comparison = tries.compare(*last)
+    print(f"from try {last[0]} to try {last[1]}: {comparison}")
+    display(comparison.examples.head(10).round(4))
 
 # %% [markdown]
 # How to read the figures: on the forget set and on the retain set, the histograms should look like those of the retrained
 # networks. In the epsilon histogram an example is worth half as much in each further bar, so examples should move to the
-# left. At 64 runs scores are noisy: trust large differences only, never compare scores from different numbers of runs, and
-# report your final choice on the `private` split with 512 runs.
+# left. At 64 runs scores are noisy, and a method that wins on one forget set may lose on the next: try your choice on
+# `public-2` to `public-6` too (`make tune` takes the mean over all of them), never compare scores from different numbers of
+# runs, and report on the `private` splits with 512 runs.
 
 # %%
 for figure in tries.figures():

@@ -236,6 +236,10 @@ def test_the_tuning_notebook_shows_a_try_beside_the_one_before(digits, tmp_path)
     changed.write_text(TUNING.read_text().replace('{\\"tensors\\": 8}', '{\\"tensors\\": 2, \\"noise\\": 0.0}'))
     again = run_notebook(changed, ROOT / "notebooks", **env)
     assert len(pictures(again)) == 4
+    texts = [json.dumps(cell.get("outputs", [])) for cell in again.cells]
+    assert any("best at this N" in text for text in texts)
+    assert any("from try 1 to try 2: score" in text and "epsilon, try 2" in text for text in texts)
+    assert not any("from try" in json.dumps(cell.get("outputs", [])) for cell in first.cells)
     table = (tmp_path / "few_digits" / "public" / "tries.csv").read_text().splitlines()
     assert len(table) == 3
     assert "tensors = 2, noise = 0.0" in table[2]

@@ -1,18 +1,25 @@
-"""The search for hyperparameters: what it may try, what it rejects, that it goes on where it was cut off."""
+"""The search for hyperparameters, on one forget set and on several; its budget; hyperparameters tried by hand."""
 
 import dataclasses
 import json
 import math
+import statistics
 from pathlib import Path
 
+import numpy as np
 import optuna
+import pandas as pd
 import pytest
+import torch
 
 import evaluate
+from benchmarks import tuning_budget
 from evaluator import tuning
 from evaluator.evaluation import HERE, Evaluation
 from evaluator.files import Problem, write_json
-from evaluator.method import Method
+from evaluator.method import Diverged, Method
+from evaluator.metric import forgetting_quality
+from evaluator.tries import Tries
 
 FILES = [HERE / "unlearning.py", *sorted((HERE / "methods").glob("*.py"))]
 
@@ -43,6 +50,16 @@ def unlearning(net, retain_loader, forget_loader, val_loader, config=Config()):
 @pytest.fixture
 def evaluation(data, results) -> Evaluation:
     return Evaluation.of(str(data), runs=4, results=results, jobs=1, device="cpu")
+
+
+@pytest.fixture
+def evaluations(evaluation) -> list[Evaluation]:
+    """Two forget sets."""
+    return [dataclasses.replace(evaluation, split=split) for split in ("public", "private")]
+
+
+def diverge() -> None:
+    raise Diverged("not finite")
 
 
 def method(tmp_path: Path, busy: str = "[0.0]", first: float = 0.0, power: str = "[1.0]") -> Method:
@@ -90,7 +107,7 @@ def test_values_are_drawn_from_the_ranges():
 
 def test_the_best_of_the_tried(evaluation, tmp_path):
     tried = method(tmp_path)
-    found = tuning.tune(evaluation, tried, trials=5)
+    found = tuning.tune([evaluation], tried, trials=5)
     made = trials(evaluation)
     assert len(made) == 5 and made[0].params["noise"] == 0.5  # its own setting comes first
     assert found["trials"] == "5 at N = 4, 4 of them at N = 16" and found["runs"] == 16
@@ -101,8 +118,41 @@ def test_the_best_of_the_tried(evaluation, tmp_path):
     assert found["config"] == finalists[scores.index(max(scores))].user_attrs["config"]
 
 
+def test_the_mean_over_forget_sets(evaluations, tmp_path):
+    tried = method(tmp_path)
+    found = tuning.tune(evaluations, tried, trials=2)
+    assert found["trials"] == "2 at N = 4 on 2 forget sets, 2 of them at N = 16" and found["forget_sets"] == 2
+    made = trials(evaluations[0])
+    first = dataclasses.replace(tried, config=made[0].user_attrs["config"])
+    assert made[0].value == statistics.fmean(evaluation.score(first)["score"] for evaluation in evaluations)
+    best = dataclasses.replace(tried, config=found["config"])
+    longer = [dataclasses.replace(evaluation, runs=16) for evaluation in evaluations]
+    assert found["scores"] == {evaluation.split: evaluation.score(best)["score"] for evaluation in longer}
+    assert found["score"] == statistics.fmean(found["scores"].values())
+
+
+def test_what_goes_wrong_on_one_forget_set(evaluations, tmp_path):
+    """A network that diverges there rejects the setting; any other error ends the search, and names the split."""
+    code = METHOD.format(busy="[0.0]", first=0.0, power="[1.0, 2.0]")
+    where = f"if config.power == 2.0 and len(forget_loader.dataset) == {len(evaluations[1].data.forget)}:"
+    path = tmp_path / "tried.py"
+    path.write_text(code.replace("net.eval()", f"net.eval()\n    {where}\n        net.fc.bias.data.fill_(float('nan'))"))
+    assert len(evaluations[0].data.forget) != len(evaluations[1].data.forget)
+    found = tuning.tune(evaluations, Method.read(path), trials=2)
+    assert found["rejected"] >= 1 and found["config"]["power"] == 1.0 and set(found["scores"]) == {"public", "private"}
+    path.write_text(code.replace("net.eval()", f"net.eval()\n    {where}\n        raise RuntimeError('too much')"))
+    with pytest.raises(Problem, match=r"^split private: .*tried\.py: runs? .*too much"):
+        tuning.scores(evaluations, Method.read(path, values={"power": 2.0}))
+
+
+def test_finalists_that_all_diverge(evaluation, tmp_path, monkeypatch):
+    monkeypatch.setattr(tuning, "scores", lambda each, tried: diverge() if each[0].runs == 16 else {"public": 0.1})
+    with pytest.raises(Problem, match=r"tried\.py: each of the best 2 settings diverges at N = 16"):
+        tuning.tune([evaluation], method(tmp_path), trials=2)
+
+
 def test_it_goes_on_where_it_was_cut_off(evaluation, small_digits, tmp_path, monkeypatch):
-    score, calls = tuning._score, []
+    score, calls = tuning.scores, []
 
     def cut_off(*arguments):
         calls.append(1)
@@ -111,46 +161,48 @@ def test_it_goes_on_where_it_was_cut_off(evaluation, small_digits, tmp_path, mon
         return score(*arguments)
 
     tried = method(tmp_path)
-    monkeypatch.setattr(tuning, "_score", cut_off)
+    monkeypatch.setattr(tuning, "scores", cut_off)
     with pytest.raises(KeyboardInterrupt):
-        tuning.tune(evaluation, tried, trials=5)
-    found = tuning.tune(evaluation, tried, trials=5)
+        tuning.tune([evaluation], tried, trials=5)
+    found = tuning.tune([evaluation], tried, trials=5)
     assert len(calls) == 6 + 4  # the two that were finished are not scored again
     other = Evaluation.of(str(small_digits), runs=4, results=tmp_path / "undisturbed", jobs=1, device="cpu")
-    undisturbed = tuning.tune(other, tried, trials=5)
+    undisturbed = tuning.tune([other], tried, trials=5)
     assert {**found, "fraction_of_retraining": 0} == {**undisturbed, "fraction_of_retraining": 0}
-    assert tuning.tune(evaluation, tried, trials=5) == found and len(calls) == 19  # a repeat only reads
+    assert tuning.tune([evaluation], tried, trials=5) == found and len(calls) == 19  # a repeat only reads
 
 
-def test_a_search_is_of_what_could_change_a_score(evaluation, tmp_path, monkeypatch):
-    """Its code, the values that are not searched, N, the original, the scoring code: each change begins another search."""
+def test_a_search_is_of_what_could_change_a_score(evaluation, evaluations, tmp_path, monkeypatch):
+    """Its code, the values that are not searched, N, the forget sets, the original, the scoring code: each change begins
+    another search."""
     tried = method(tmp_path)
-    names = [tuning._study(evaluation, tried).study_name for _ in range(2)]
-    names.append(tuning._study(evaluation, dataclasses.replace(tried, config=tried.config | {"power": 0.5})).study_name)
-    names.append(tuning._study(evaluation, dataclasses.replace(tried, digest="another")).study_name)
-    names.append(tuning._study(dataclasses.replace(evaluation, runs=5), tried).study_name)
+    names = [tuning._study([evaluation], tried).study_name for _ in range(2)]
+    names.append(tuning._study([evaluation], dataclasses.replace(tried, config=tried.config | {"power": 0.5})).study_name)
+    names.append(tuning._study([evaluation], dataclasses.replace(tried, digest="another")).study_name)
+    names.append(tuning._study([dataclasses.replace(evaluation, runs=5)], tried).study_name)
+    names.append(tuning._study(evaluations, tried).study_name)
     with monkeypatch.context() as changed:
         changed.setattr(tuning, "VERSION", "another")
-        names.append(tuning._study(evaluation, tried).study_name)
+        names.append(tuning._study([evaluation], tried).study_name)
     with monkeypatch.context() as changed:
         changed.setattr(tuning, "network_digest", lambda original: "another")
-        names.append(tuning._study(evaluation, tried).study_name)
-    assert names[0] == names[1] and len(set(names)) == 6
+        names.append(tuning._study([evaluation], tried).study_name)
+    assert names[0] == names[1] and len(set(names)) == 7
 
 
 def test_a_setting_over_the_cost_limit_is_rejected(evaluation, tmp_path):
-    found = tuning.tune(evaluation, method(tmp_path, busy="[3.0, 0.0]", first=3.0), trials=2)
+    found = tuning.tune([evaluation], method(tmp_path, busy="[3.0, 0.0]", first=3.0), trials=2)
     assert found["config"]["busy"] == 0.0 and found["fraction_of_retraining"] < 0.2
     assert found["trials"].startswith("2 at") and found["rejected"] >= 1
 
 
 def test_no_setting_within_the_limit(evaluation, tmp_path):
     with pytest.raises(Problem, match=r"tried\.py: every setting tried costs more than 20%"):
-        tuning.tune(evaluation, method(tmp_path, busy="[2.0]", first=2.0), trials=1)
+        tuning.tune([evaluation], method(tmp_path, busy="[2.0]", first=2.0), trials=1)
 
 
 def test_a_setting_that_diverges_is_rejected(evaluation, tmp_path):
-    found = tuning.tune(evaluation, method(tmp_path, power="[float('inf'), 1.0]"), trials=3)
+    found = tuning.tune([evaluation], method(tmp_path, power="[float('inf'), 1.0]"), trials=3)
     assert found["config"]["power"] == 1.0 and found["trials"].startswith("3 at")
 
 
@@ -167,3 +219,164 @@ def test_the_command_writes_what_tuned_reads(small_digits, tmp_path, monkeypatch
     assert evaluate.main([str(path), "--tuned", *common, "--runs", "16"]) == 0
     summary = json.loads((tmp_path / "small_digits" / "public" / "tried" / "summary.json").read_text())
     assert summary["config"] == written["tried"]["config"] and summary["score"] == written["tried"]["score"]
+
+
+# The budget
+
+
+def test_ways_to_spend_the_runs():
+    assert tuning_budget.ways(64, 6) == [
+        *((64, 1), (32, 2), (21, 3), (16, 4), (11, 6)),
+        *((128, 1), (64, 2), (43, 3), (32, 4), (21, 6)),
+    ]
+    assert tuning_budget.ways(64, 2) == [(64, 1), (32, 2), (128, 1), (64, 2)]
+    assert tuning_budget.ways(4, 6) == [(4, 1), (8, 1), (4, 2), (3, 3)]  # N = 2 tells nothing
+
+
+def budget_scores(noise: float, of_a_set: float, seed: int = 0) -> tuple[pd.DataFrame, pd.Series]:
+    """Made-up scores of eight methods on four forget sets, four groups of runs each, at N = 8: truth + noise."""
+    draw = np.random.default_rng(seed)
+    truth = pd.Series(np.linspace(0.01, 0.08, 8), [f"m{n}" for n in range(8)])
+    index = pd.MultiIndex.from_product([[8], ["a", "b", "c", "d"], range(4)], names=["N", "split", "group"])
+    sets = np.repeat(draw.normal(0, of_a_set, (4, 8)), 4, axis=0)
+    return pd.DataFrame(truth.to_numpy() + sets + draw.normal(0, noise, (16, 8)), index, truth.index), truth
+
+
+def test_a_budget_without_noise_ranks_perfectly():
+    table = tuning_budget.compare(*budget_scores(0, 0), [(8, 1), (8, 4)])
+    assert np.allclose(table["rank correlation"], 1) and np.allclose(table.loss, 0)
+    assert table.runs.tolist() == [8, 32] and table.possible.tolist() == [16, 256]
+
+
+def test_more_forget_sets_rank_better_where_they_differ():
+    one, four = tuning_budget.compare(*budget_scores(0.001, 0.05), [(8, 1), (8, 4)]).itertuples()
+    assert four[4] > one[4] + 0.1 and four.loss < one.loss
+
+
+def test_equal_scores_choose_nothing():
+    scores, truth = budget_scores(0, 0)
+    (row,) = tuning_budget.compare(scores * 0, truth, [(8, 2)]).itertuples()
+    assert row[4] == 0 and row.loss == pytest.approx(truth.max() - truth.mean())
+
+
+@pytest.fixture
+def kept_budget(data, results, monkeypatch) -> list[str]:
+    """Arguments for three methods, tuned, and two forget sets: 6 runs each on public, 8 on private."""
+    paths = [HERE / "methods" / f"{name}.py" for name in ("finetune", "negrad", "random_labels")]
+    monkeypatch.setattr(tuning_budget, "tuned_values", lambda path, name: {})
+    for split, runs in (("public", 6), ("private", 8)):
+        evaluation = Evaluation.of(str(data), split, runs, results, jobs=1, device="cpu")
+        for path in paths:
+            evaluation.unlearned(Method.read(path))
+    common = ["--data", str(data), "--results", str(results), "--jobs", "1", "--device", "cpu"]
+    return [*map(str, paths), *common]
+
+
+def test_the_budget_reads_what_is_kept(kept_budget, results, capsys):
+    before = sorted(results.rglob("run_*.npz"))
+    assert tuning_budget.main([*kept_budget, "--runs", "4"]) == 0
+    printed = capsys.readouterr().out
+    assert "small_digits: 3 methods, 1 forget sets to choose on with 8 runs each" in printed  # a group is made whole
+    assert "1 others at N = 8" in printed
+    assert sorted(results.rglob("run_*.npz")) == before
+    assert tuning_budget.main([*kept_budget, "--runs", "6", "--tune-on", "p*"]) == 0
+    assert "left out: 12 x 1, which needs 12 kept runs" in capsys.readouterr().out
+    assert tuning_budget.main([*kept_budget, "--runs", "12"]) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "finetune" in error and "8 of 12 runs are kept; make them with: python evaluate.py" in error
+    assert "--split public --runs 12" in error and sorted(results.rglob("run_*.npz")) == before
+
+
+def test_a_budget_needs_methods(kept_budget, capsys):
+    assert tuning_budget.main([*kept_budget[1:], "--runs", "4"]) == 1
+    assert "a ranking needs at least 3 methods" in capsys.readouterr().err
+
+
+# By hand
+
+
+@pytest.fixture
+def tries(evaluation) -> Tries:
+    return Tries(evaluation)
+
+
+def test_a_try_can_be_made_again(tries, tmp_path):
+    tried = method(tmp_path).path
+    tries.add(tried, {"noise": 0.1})
+    tries.add(tried, {"noise": 0.2, "power": 0.5})
+    table = tries.table
+    assert table["try"].tolist() == [1, 2] and table.changes.tolist() == ["noise = 0.1", "noise = 0.2, power = 0.5"]
+    assert pd.to_datetime(table.date).dt.tz is not None
+    tries.add(tried, json.loads(table.config[0]))
+    again = tries.table
+    assert again["kept in"].tolist() == [*table["kept in"], table["kept in"][0]] and again.score[2] == again.score[0]
+    pd.testing.assert_frame_equal(again.head(2), table)  # earlier rows are not rewritten otherwise
+
+
+def test_an_older_table_is_still_read(tries, tmp_path):
+    tried = method(tmp_path).path
+    tries.add(tried, {})
+    tries.table.drop(columns=["date", "config"]).assign(note="mine").to_csv(tries.file, index=False)
+    assert tries.table.date.isna().all() and tries.table.config.isna().all()
+    tries.add(tried, {"noise": 0.1})
+    table = tries.table
+    assert table.note.tolist()[:1] == ["mine"] and table.date.notna().tolist() == [False, True]
+    assert tries.overview()["try"].tolist() == [1, 2] and tries.last_two() == [1, 2]
+
+
+def test_two_tries_example_by_example(tries, tmp_path):
+    tried = method(tmp_path).path
+    for noise in (1.0, 1e-4, 0.5):
+        tries.add(tried, {"noise": noise})
+    compared = tries.compare(1, 3)
+    (first, examples), (second, _) = (tries_score(tries, number) for number in (1, 3))
+    assert compared.score.value == pytest.approx(second - first) and len(compared.examples) == len(examples)
+    before, after = compared.examples["earns, try 1"], compared.examples["earns, try 3"]
+    assert (compared.better, compared.worse) == ((after > before).sum(), (after < before).sum())
+    change = (after - before).abs()
+    assert change.is_monotonic_decreasing and compared.better + compared.worse == (change > 0).sum() > 0
+    epsilon = torch.tensor(compared.examples["epsilon, try 1"].to_numpy())
+    assert before.mean() == pytest.approx(forgetting_quality(epsilon, 4))
+    same = tries.compare(2, 2)
+    assert same.score.value == 0 and same.better == same.worse == 0
+    best = tries.overview().set_index("try").best
+    assert best[best != ""].index.tolist() == [int(tries.table.score.argmax()) + 1] or tries.table.score.nunique() < 3
+
+
+def tries_score(tries: Tries, number: int) -> tuple[float, pd.DataFrame]:
+    row = tries.table.set_index("try").loc[number]
+    return row.score, tries.evaluation.data.forget
+
+
+def test_an_interval_needs_runs(evaluation, tmp_path):
+    tries = Tries(dataclasses.replace(evaluation, runs=8))
+    tried = method(tmp_path).path
+    for noise in (0.01, 0.05):
+        tries.add(tried, {"noise": noise})
+    compared = tries.compare(1, 2)
+    assert compared.score.low <= compared.score.value <= compared.score.high
+    assert "95% interval" in str(compared)
+    few = Tries(evaluation)
+    for noise in (0.01, 0.05):
+        few.add(tried, {"noise": noise})
+    assert "too few runs for an interval" in str(few.compare(3, 4))
+    with pytest.raises(Problem, match=r"tries\.csv: try 1 has N = 8, try 3 N = 4: such scores cannot be compared"):
+        few.compare(1, 3)
+    with pytest.raises(Problem, match=r"tries\.csv: no try 7; there are 1, 2, 3, 4"):
+        few.compare(1, 7)
+
+
+def test_tries_whose_runs_are_gone_or_of_other_data(tries, tmp_path):
+    tried = method(tmp_path).path
+    for noise in (0.01, 0.05):
+        tries.add(tried, {"noise": noise})
+    other = dataclasses.replace(tries.evaluation, split="private")
+    (other.results / "tuning").mkdir(parents=True)
+    for file in ("tries.csv", *(f"tuning/{kept}" for kept in tries.table["kept in"])):
+        (other.results / file).symlink_to(tries.evaluation.results / file)
+    with pytest.raises(Problem, match=r"tries\.csv: try 1 was made with other data; delete the file"):
+        Tries(other).compare(1, 2)
+    kept = tries.evaluation.results / "tuning" / tries.table["kept in"][1]
+    (kept / "made_from.json").unlink()
+    with pytest.raises(Problem, match="damaged or gone"):
+        tries.compare(1, 2)
