@@ -7,6 +7,7 @@ import io
 import math
 import re
 import shlex
+import warnings
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -91,15 +92,15 @@ def score_table(summaries: list[dict], ceiling: dict) -> pd.DataFrame:
         projected = summary.get("projected_512")
         return {
             "method": summary["method"],
-            "F": f"{summary['forgetting_quality']:.4f}",
-            "RA_U/RA_R": f"{summary['ra_unlearned'] / summary['ra_retrained']:.4f}",
-            "TA_U/TA_R": f"{summary['ta_unlearned'] / summary['ta_retrained']:.4f}",
             "score": f"{summary['score']:.4f}",
             "95% interval": _range_text(summary.get("score_interval")),
             "at 512 runs": f"{projected['score']:.3f} ({_range_text([projected['low'], projected['high']], 3)})"
             if projected
             else "",
             "of ceiling": f"{of_ceiling:.0%}",
+            "F": f"{summary['forgetting_quality']:.4f}",
+            "RA_U/RA_R": f"{summary['ra_unlearned'] / summary['ra_retrained']:.4f}",
+            "TA_U/TA_R": f"{summary['ta_unlearned'] / summary['ta_retrained']:.4f}",
             "s/run": "" if cost is None else f"{summary['seconds_per_run']:.2f}",
             "share of retraining cost": "" if cost is None else f"{cost:.0%}" + (" (over 20%)" if cost > COST_LIMIT else ""),
             **{name: f"{summary['attacks'][name]:.3f}" if "attacks" in summary else "" for name in attacks},
@@ -115,17 +116,19 @@ def kept(evaluation: Evaluation) -> tuple[list[dict], dict[str, str]]:
     reason why it has none that may be shown, and what to do. Nothing is run."""
     summaries, left_out = [], {}
     retrained = retrained_pool(evaluation.setting, evaluation.data, evaluation.recipe, runs=0)
+    given = (evaluation.data.folder / "original_model.pth").exists()
+    original = network_digest(evaluation.original()) if given else None
     for folder in sorted(evaluation.results.iterdir()):
         a_method = folder.name == NO_UNLEARNING.name or folder.name not in RESERVED
         if a_method and ((folder / "summary.json").exists() or any(folder.glob("*/made_from.json"))):
             try:
-                summaries.append(_kept_summary(evaluation, folder, retrained))
+                summaries.append(_kept_summary(evaluation, folder, retrained, original))
             except Problem as problem:
                 left_out[folder.name] = str(problem)
     return sorted(summaries, key=lambda summary: -summary["score"]), left_out
 
 
-def _kept_summary(evaluation: Evaluation, folder: Path, retrained: Pool) -> dict:
+def _kept_summary(evaluation: Evaluation, folder: Path, retrained: Pool, original: str | None) -> dict:
     """Raises Problem when it is not one of exactly this evaluation."""
     runs, again = evaluation.runs, "score it again with evaluate.py"
     if not (folder / "summary.json").exists():
@@ -149,15 +152,15 @@ def _kept_summary(evaluation: Evaluation, folder: Path, retrained: Pool) -> dict
     for kind, missing in (("its", pool.missing(range(runs))), ("the retrained networks'", retrained.missing(range(runs)))):
         if missing:
             raise Problem(f"{len(missing)} of {kind} {runs} runs are missing, run {missing[0]} is the first: {again}")
-    if (evaluation.data.folder / "original_model.pth").exists():
-        made_from = read_json(pool.made_from)
-        if made_from["original"] != network_digest(evaluation.original()):
-            raise Problem(f"its runs began with another original_model.pth: {again}")
+    if read_json(pool.made_from)["original"] != original:
+        raise Problem(f"its runs began with another original_model.pth: {again}")
     return summary
 
 
 def _pool(folder: Path) -> Pool:
     """The pool in a folder of runs. Raises Problem when it is not one that this version of the kit can read."""
+    if not folder.is_dir():
+        raise Problem(f"its runs, folder {folder.name}, are missing: score it again with evaluate.py")
     made_from = read_json(folder / "made_from.json")
     text = (folder / "made_from.json").read_bytes() if made_from else b""
     if made_from.get("format") != FORMAT or hashlib.sha256(text).hexdigest()[:12] != folder.name:
@@ -260,9 +263,9 @@ def confidence_histograms(confidences: dict[str, Tensor], title: str = "") -> Fi
     low, high = np.quantile(together, [0.001, 0.999])
     edges = np.linspace(low, high, 81) if low < high else np.linspace(low - 1, low + 1, 81)
     for (name, side), colour in zip(values.items(), (RETRAINED, UNLEARNED, "#edae49", "#5b8e7d"), strict=False):
-        shown = np.clip(side, edges[0], edges[-1])
-        axes.hist(shown, edges, density=True, histtype="stepfilled", color=colour, alpha=0.25)
-        axes.hist(shown, edges, density=True, histtype="step", color=colour, linewidth=1.4, label=name)
+        density, _ = np.histogram(np.clip(side, edges[0], edges[-1]), edges, density=True)
+        axes.stairs(density, edges, color=colour, fill=True, alpha=0.25)
+        axes.stairs(density, edges, color=colour, linewidth=1.4, label=name)
     axes.set(title=title, xlabel="confidence in the true class, ln(p / (1 − p))", ylabel="density")
     axes.legend(loc="upper left")
     return figure
@@ -351,10 +354,10 @@ def leaderboard(summaries: list[dict], ceiling: dict) -> Figure:
     axes = figure.subplots()
     scores = [summary["score"] for summary in summaries]
     rows = np.arange(len(summaries))
-    for row, summary in enumerate(summaries):
-        if _range_text(summary.get("score_interval")):
-            axes.plot(summary["score_interval"], [row, row], color=UNLEARNED, linewidth=1.4)
-    axes.plot(scores, rows, "o", color=UNLEARNED, markersize=5)
+    with_interval = [summary for summary in summaries if _range_text(summary.get("score_interval"))]
+    for summary in with_interval:
+        axes.plot(summary["score_interval"], [summaries.index(summary)] * 2, color=UNLEARNED, linewidth=1.4)
+    axes.plot(scores, rows, "o", color=UNLEARNED, markersize=5, clip_on=False)
     axes.axvline(ceiling["score"], color=RETRAINED, linewidth=1.2, linestyle="--")
     axes.annotate(
         f"ceiling {ceiling['score']:.3f}",
@@ -366,7 +369,8 @@ def leaderboard(summaries: list[dict], ceiling: dict) -> Figure:
         color=RETRAINED,
     )
     axes.set_yticks(rows, [_shortened(summary["method"]) for summary in summaries])
-    axes.set(xlabel="score", xlim=(0, None), ylim=(len(summaries) - 0.4, -0.6))
+    largest = max([ceiling["score"], *scores, *(summary["score_interval"][1] for summary in with_interval)])
+    axes.set(xlabel="score", xlim=(0, 1.04 * largest or 1), ylim=(len(summaries) - 0.4, -0.6))
     axes.grid(axis="y", color=GREY, alpha=0.3, linewidth=0.6)
     axes.tick_params(axis="y", length=0)
     axes.spines["left"].set_visible(False)
@@ -413,7 +417,7 @@ def write_page(evaluation: Evaluation) -> Path:
         evaluation=evaluation,
         board=board,
         table=score_table(summaries, ceiling) if summaries else None,
-        warnings=warnings(evaluation.data, evaluation.runs, summaries),
+        cautions=cautions(evaluation.data, evaluation.runs, summaries),
         left_out=left_out,
         methods=methods,
         recipe=asdict(evaluation.recipe),
@@ -425,7 +429,7 @@ def write_page(evaluation: Evaluation) -> Path:
     return path
 
 
-def warnings(data: Data, runs: int, summaries: list[dict]) -> list[str]:
+def cautions(data: Data, runs: int, summaries: list[dict]) -> list[str]:
     """What a reader should know before believing the scores."""
     found = []
     if runs < COMPETITION_RUNS:
@@ -562,19 +566,21 @@ def _literal(value: object) -> str:
     try:
         ast.literal_eval(str(value))
         return repr(value)
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
         return str(value)
 
 
 def printable(text: str) -> str:
     """Without characters that cannot be shown, or written to a file: a method may be named by any file name."""
-    return "".join(sign if sign.isprintable() or sign == "\n" else "�" for sign in text)
+    return "".join(sign if sign.isprintable() else " " if sign.isspace() else "�" for sign in text)
 
 
 def _svg(figure: Figure, key: str, alt: str) -> Markup:
     """The figure as inline SVG: text stays text, colours are the page's, and ids begin with `key`, to be unique there."""
     file = io.StringIO()
-    figure.savefig(file, format="svg", transparent=True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # a reader's browser may have what matplotlib measures without
+        figure.savefig(file, format="svg", transparent=True)
     ElementTree.register_namespace("", "http://www.w3.org/2000/svg")
     root = ElementTree.fromstring(file.getvalue())
     href = "{http://www.w3.org/1999/xlink}href"
