@@ -18,10 +18,12 @@ from evaluator import processes
 if __name__ == "__main__":  # before torch is imported here: the server imports it at the same time
     processes.start_server()
 
-from evaluator import command, report
+import pandas as pd
+
+from evaluator import command, forget_sets, report
 from evaluator.checkpoints import Checkpoints
-from evaluator.evaluation import HERE
-from evaluator.files import Problem, read_json
+from evaluator.evaluation import HERE, Evaluation
+from evaluator.files import Problem, read_json, write_csv
 from evaluator.method import NO_UNLEARNING, Method
 from evaluator.tuning import tuned_values
 
@@ -41,26 +43,47 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def evaluate(args) -> None:
-    evaluation = command.evaluation(args)
-    with evaluation.alone():
-        methods = methods_of(args, evaluation.data.name)
-        summaries = []
-        for method in methods:
-            before = read_json(evaluation.results / method.name / "summary.json").get("path", str(method.path))
-            if before != str(method.path):
-                print(f"{method.name}: replaces the results of {before}", file=sys.stderr)
-            summaries.append(evaluation.score(method))
-            report.draw_figures(evaluation, method)
-        if not args.attacks:
-            summaries = [{name: value for name, value in row.items() if name != "attacks"} for row in summaries]
-        table = report.score_table(summaries, evaluation.ceiling())
-        page = report.write_page(evaluation.results, evaluation.title, table, [method.name for method in methods])
-    print(f"\n{evaluation.title}\n{table.to_string(index=False)}")
-    if summaries[0]["original"] == "given":
+    splits = command.splits_asked(args)
+    if args.checkpoints and len(splits) > 1:
+        raise Problem(f"--split {args.split}: a submission is for one forget set; name one of {', '.join(splits)}")
+    methods, found, tables = [], [], []
+    for split in splits:
+        evaluation = command.evaluation(args, split=split)
+        with evaluation.alone():
+            methods = methods or methods_of(args, evaluation.data.name)
+            found.append([scored(evaluation, method, args.attacks) for method in methods])
+            ceiling = evaluation.ceiling()
+            page = report.write_page(evaluation)
+        tables.append(forget_sets.per_set(found[-1], ceiling))
+        if len(splits) > 1:
+            print(f"{evaluation.title}: {page}", file=sys.stderr, flush=True)
+    table = pd.concat(tables)
+    if len(splits) == 1:
+        print(f"\n{evaluation.title}\n{report.score_table(found[0], ceiling).to_string(index=False)}")
+    else:
+        file = (
+            evaluation.setting.results
+            / evaluation.data.name
+            / f"{args.split.replace('*', '').strip('-') or 'all'}_scores.csv"
+        )
+        write_csv(file, table)
+        print(f"\n{forget_sets.title(table)}\n{forget_sets.as_text(forget_sets.over_sets(table)).to_string(index=False)}")
+    if found[0][0]["original"] == "given":
         print(f"the original network is the one given in {evaluation.data.folder}; the kit did not train it")
     if evaluation.data.test is None:
         print("TA is measured on the validation set: this folder has no test.csv")
+    if len(methods) > 1:
+        print("", *forget_sets.verdicts(list(zip(*found, strict=True))), sep="\n")
     print(f"\nfigures, per-example values and {page.name}: {page.parent}")
+
+
+def scored(evaluation: Evaluation, method: Method | Checkpoints, attacks: bool) -> dict:
+    """The summary of a method on one forget set, without the attacks unless they were asked for."""
+    before = read_json(evaluation.results / method.name / "summary.json").get("path", str(method.path))
+    if before != str(method.path):
+        print(f"{method.name}: replaces the results of {before}", file=sys.stderr)
+    summary = evaluation.score(method)
+    return {name: value for name, value in summary.items() if attacks or name != "attacks"}
 
 
 def methods_of(args, data_name: str) -> list[Method | Checkpoints]:

@@ -1,15 +1,14 @@
-"""All methods, tuned alike, on both splits: prints a table, writes leaderboard.csv and RESULTS.md under results/<data>.
+"""All methods, tuned alike, on every private forget set: prints a table, writes leaderboard.csv and RESULTS.md.
 
     python -m benchmarks.leaderboard            N = 512 (make leaderboard); resumes where it was interrupted
     python -m benchmarks.leaderboard --runs 64  a first impression
     python -m benchmarks.leaderboard --page RESULTS.md          the kit's own page (make leaderboard PAGE=RESULTS.md)
 
-Every method uses the values that `make tune` found on the public split; unlearning.py also appears with its presets.
-Methods are ranked by the private split, whose forget set was not used to choose any value.
+Every method uses the values that `make tune` found on public forget sets; unlearning.py also appears with its presets.
+Methods are ranked by their mean score over the private forget sets, none of which was used to choose any value.
 """
 
 import dataclasses
-import math
 import os
 import sys
 from pathlib import Path
@@ -18,16 +17,15 @@ import pandas as pd
 from matplotlib.figure import Figure
 from scipy.stats import spearmanr
 
-from evaluator import command
-from evaluator.evaluation import HERE, Evaluation
+from evaluator import command, forget_sets
+from evaluator.attacks import ATTACKS, rank_correlations
+from evaluator.evaluation import HERE
 from evaluator.files import Problem, read_json, write_atomically, write_csv
 from evaluator.method import NO_UNLEARNING, Method
 from evaluator.report import RETRAINED, UNLEARNED
 from evaluator.scoring import COST_LIMIT, processor, versions
 from evaluator.tuning import tuned_file, tuned_values
 
-SPLITS = ("public", "private")
-QUICK = 64  # runs of a quick evaluation, which is compared with the full one
 # Private scores, from the teams' write-ups; unlearning's own, finetune's and negrad's are public ones, from Ahn et al.
 PUBLISHED = {
     "fanchuan": 0.0985,
@@ -54,94 +52,72 @@ def contestants(data: str) -> list[Method]:
     return [NO_UNLEARNING, *tuned, *presets]
 
 
-def scores(evaluation: Evaluation, methods: list[Method]) -> pd.DataFrame:
-    """One row per method and one for the ceiling, indexed by name; `quick` is the score of the first 64 runs alone."""
-    rows = {method.name: evaluation.score(method) for method in methods}
-    rows["(ceiling, estimated)"] = evaluation.ceiling()
-    table = pd.DataFrame.from_dict(rows, orient="index")
-    first = range(min(QUICK, evaluation.runs))
-    return table.assign(quick=pd.Series({method.name: evaluation.score_of(method, first)["score"] for method in methods}))
+def ranked(table: pd.DataFrame, summaries: dict[str, list[dict]]) -> pd.DataFrame:
+    """One row per method and one for the ceiling, the highest mean score first. Within a group, no method can be told from
+    the first; see `forget_sets.groups`."""
+    means = forget_sets.over_sets(table).sort_values("score", ascending=False, kind="stable")
+    ceiling = means.method.str.startswith("(")
+    methods = means.method[~ceiling].tolist()
+    means.loc[~ceiling, "rank"] = range(1, len(methods) + 1)
+    means.loc[~ceiling, "group"] = forget_sets.groups([summaries[name] for name in methods])
+    return means.assign(published=means.method.map(PUBLISHED)).astype({"rank": "Int64", "group": "Int64"})
 
 
-def leaderboard(splits: dict[str, pd.DataFrame]) -> pd.DataFrame:
-    """Ranked by the private score; F, the ratios and the costs are those of the private split too."""
-    public, private = splits["public"], splits["private"]
-    table = pd.DataFrame(
-        {
-            "F": private.forgetting_quality,
-            "RA_U/RA_R": private.ra_unlearned / private.ra_retrained,
-            "TA_U/TA_R": private.ta_unlearned / private.ta_retrained,
-            "private score": private.score,
-            "public score": public.score,
-            "of ceiling": private.score / private.score["(ceiling, estimated)"],
-            "s/run": private.seconds_per_run,
-            "share of retraining cost": private.fraction_of_retraining,
-            "published": pd.Series(PUBLISHED),
-        }
-    ).loc[private.index]
-    table = table.sort_values("private score", ascending=False, kind="stable")
-    methods = [name for name in table.index if not name.startswith("(")]
-    table.insert(0, "rank", pd.Series(range(1, len(methods) + 1), methods, dtype="Int64"))
-    return table.rename_axis("method").reset_index()
+def per_split(table: pd.DataFrame, order: list[str]) -> pd.DataFrame:
+    """Each method's score on each forget set, as text."""
+    scores = table.pivot(index="method", columns="split", values="score")[table.split.unique()].loc[order]
+    return scores.map("{:.4f}".format).rename_axis(columns=None).reset_index()
 
 
-def as_text(table: pd.DataFrame) -> pd.DataFrame:
+def as_text(means: pd.DataFrame) -> pd.DataFrame:
     """For people to read: rounded, missing values left empty, costs over the limit marked."""
-
-    def cost(value: float) -> str:
-        return "" if math.isnan(value) else f"{value:.0%}" + (" **over**" if value > COST_LIMIT else "")
-
-    forms = {
-        **dict.fromkeys(("F", "RA_U/RA_R", "TA_U/TA_R", "private score", "public score", "published"), "{:.4f}".format),
-        "s/run": "{:.2f}".format,
-        "of ceiling": "{:.0%}".format,
-        "share of retraining cost": cost,
-        "rank": "{:d}".format,
-    }
-    return table.assign(**{name: table[name].map(form, na_action="ignore").fillna("") for name, form in forms.items()})
+    table = forget_sets.as_text(means)
+    table["share of retraining cost"] = table["share of retraining cost"].str.replace("(over 20%)", "**over**", regex=False)
+    table.insert(0, "group", means.group.map("{:d}".format, na_action="ignore").fillna(""))
+    table.insert(0, "rank", means["rank"].map("{:d}".format, na_action="ignore").fillna(""))
+    return table.assign(published=means.published.map("{:.4f}".format, na_action="ignore").fillna(""))
 
 
-def correlations(splits: dict[str, pd.DataFrame], runs: int) -> list[str]:
-    """How well one ranking of the methods predicts another (Spearman)."""
-    public, private = (table[~table.index.str.startswith("(")] for table in splits.values())
-    pairs = {f"public and private, N = {runs}": (public.score, private.score)}
-    if runs > QUICK:
-        for split, table in (("public", public), ("private", private)):
-            pairs[f"N = {QUICK} and N = {runs}, {split}"] = (table.quick, table.score)
-    return [f"{what}: {spearmanr(*pair).statistic:.3f}" for what, pair in pairs.items()]
+def agreement(table: pd.DataFrame) -> str:
+    """How well the ranking on one forget set predicts the ranking by the mean of the others (Spearman)."""
+    scores = table[~table.method.str.startswith("(")].pivot(index="method", columns="split", values="score")
+    if scores.shape[1] < 2:
+        return "there is one forget set only"
+    found = [spearmanr(scores[split], scores.drop(columns=split).mean(axis=1)).statistic for split in scores]
+    return f"{min(found):.2f} to {max(found):.2f}, {sum(found) / len(found):.2f} on average"
 
 
-def scatter(evaluation: Evaluation, method: Method) -> list[str]:
-    """How much the quick score of one method varies."""
-    if evaluation.runs <= QUICK:
-        return []
-    quick, split = evaluation.group_scores(method, QUICK), evaluation.data.split
-    deviation = pd.Series(quick).std()
-    return [f"{len(quick)} scores of {method.name} at N = {QUICK}, {split}: standard deviation {deviation:.4f}"]
-
-
-def draw(table: pd.DataFrame, path: Path, title: str) -> None:
-    """A bar for the private score, a mark for the public one, a line for the ceiling."""
-    ceiling = table[table.method.str.startswith("(")]["private score"].item()
-    methods = table[table["rank"].notna()][::-1]
+def draw(table: pd.DataFrame, means: pd.DataFrame, path: Path, title: str) -> None:
+    """A bar for each method's mean score with its 95% interval, a dot for each forget set, a line for the ceiling."""
+    ceiling = means.score[means.method.str.startswith("(")].item()
+    methods = means[means["rank"].notna()][::-1]
     figure = Figure(figsize=(7, 0.27 * len(methods) + 1), layout="constrained")
     axes = figure.subplots()
     colours = [UNLEARNED if name == "unlearning" else "#9db4c0" for name in methods.method]
-    axes.barh(methods.method, methods["private score"], color=colours, label="private split")
-    axes.plot(methods["public score"], methods.method, "k|", markersize=9, label="public split")
-    axes.axvline(ceiling, color=RETRAINED, linestyle="--", linewidth=1, label="ceiling (private, estimated)")
-    over = methods["share of retraining cost"] > COST_LIMIT
-    for name, value in zip(methods.method[over], methods[["private score", "public score"]].max(axis=1)[over], strict=True):
-        axes.annotate("over 20% of the cost", (value, name), (6, 0), textcoords="offset points", va="center", fontsize=7)
-    axes.set(title=title, xlabel="score")
+    axes.barh(methods.method, methods.score, color=colours)
+    errors = [methods.score - methods.low, methods.high - methods.score]
+    axes.errorbar(
+        methods.score, methods.method, xerr=errors, fmt="none", color="black", linewidth=1, label="95% interval of the mean"
+    )
+    points = table[table.method.isin(methods.method)]
+    axes.plot(points.score, points.method, ".", color="#444444", markersize=4, alpha=0.6, label="one forget set")
+    axes.axvline(ceiling, color=RETRAINED, linestyle="--", linewidth=1, label="ceiling (estimated)")
+    over = methods[methods.fraction_of_retraining > COST_LIMIT]
+    for row in over.itertuples():
+        at = max(row.high, points.score[points.method == row.method].max())
+        axes.annotate("over 20% of the cost", (at, row.method), (6, 0), textcoords="offset points", va="center", fontsize=7)
+    axes.set(title=title, xlabel="score, mean over the forget sets", xlim=(0, None))
     axes.margins(y=0.01)
     axes.legend(loc="center", bbox_to_anchor=(0.7, 0.35))
     write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=150))
 
 
-def markdown(table: pd.DataFrame) -> str:
-    lines = [table.columns, ["---", "---:"] + ["---:"] * (table.shape[1] - 2), *table.itertuples(index=False)]
-    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
+def markdown(table: pd.DataFrame, left: int = 1) -> str:
+    """left: the number of the column with names, which is aligned to the left."""
+    rule = ["---:"] * table.shape[1]
+    rule[left] = "---"
+    lines = [table.columns, rule, *table.itertuples(index=False)]
+    return "\n".join(f"| {' | '.join(str(cell).strip() for cell in line)} |" for line in lines)
 
 
 def budget(data: str) -> str:
@@ -154,80 +130,91 @@ def budget(data: str) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = command.parser(__doc__)
+    parser = command.parser(__doc__, "split", split="private*")
     parser.add_argument("--page", type=Path, help="the page to write (default: <results>/<data>/RESULTS.md)")
     args = parser.parse_args(arguments)
     return command.run(lambda: write(args))
 
 
 def write(args) -> None:
-    splits, sizes, minutes = {}, [], 0.0
-    for split in SPLITS:
-        evaluation = command.evaluation(args, split=split)
+    tables, summaries, minutes = [], {}, 0.0
+    for split in command.splits_asked(args):
+        evaluation = command.evaluation(args, split=split, attacks=True)
         data = evaluation.data.name
         searched = budget(data)  # before any work
         methods = contestants(data)
-        splits[split] = scores(evaluation, methods)
-        sizes.append(str(len(evaluation.data.forget)))
+        for method in methods:
+            summaries.setdefault(method.name, []).append(evaluation.score(method))
+        scored = [summaries[method.name][-1] for method in methods]
+        tables.append(forget_sets.per_set(scored, evaluation.ceiling()))
         pools = [evaluation.retrained(), *(evaluation.unlearned(method) for method in methods)]
         minutes += sum(pool.load(range(args.runs))["seconds"].sum().item() for pool in pools) / 60
-    scattered = scatter(evaluation, methods[1])  # unlearning, private
-    table = leaderboard(splits)
+    table = pd.concat(tables)
+    means = ranked(table, summaries)
+    judges = rank_correlations(means[means["rank"].notna()].set_index("method")[["score", "forgetting_quality", *ATTACKS]])
     folder = evaluation.setting.results / data
-    write_csv(folder / "leaderboard.csv", table)
-    title = f"{data}, {args.runs} runs"
+    write_csv(folder / "leaderboard.csv", means)
+    title = f"{data}: {forget_sets.title(table)}"
     page = args.page or folder / "RESULTS.md"
     picture = page.parent / ("docs" if args.page else "") / "leaderboard.png"
-    draw(table, picture, title)
-    correlated = correlations(splits, args.runs) + scattered
-    shown = as_text(table)
+    draw(table, means, picture, f"{data}, {table.split.nunique()} private forget sets, {args.runs} runs")
+    shown = as_text(means)
     text = RESULTS.format(
         data=data,
+        title=title,
         runs=args.runs,
-        sizes=" and ".join(sizes),
-        table=markdown(shown),
-        explained=Path(os.path.relpath(HERE / "docs" / "metric.md", page.parent)).as_posix(),
+        table=markdown(shown, 2),
+        per_split=markdown(per_split(table, means.method.tolist()), 0),
+        kit=Path(os.path.relpath(HERE, page.parent)).as_posix(),
         picture=picture.relative_to(page.parent),
-        correlations="\n".join(f"- {line}" for line in correlated),
+        agreement=agreement(table),
+        judges=markdown(judges.map("{:.2f}".format).reset_index(names=""), 0),
         budget=searched,
         minutes=minutes,
         machine=", ".join([processor(), versions()["processor"], f"torch {versions()['torch']}"]),
     )
     write_atomically(page, lambda file: file.write(text.encode()))
-    print(f"\n{title}\n{shown.to_string(index=False)}\n\nrank correlations")
-    print("\n".join(f"  {line}" for line in correlated))
+    print(f"\n{title}\n{shown.to_string(index=False)}\n\nrank correlations between judges")
+    print(judges.round(2).to_string())
+    print(f"\na ranking on one forget set against the mean of the others: {agreement(table)}")
     print(f"\n{minutes:.0f} minutes of processor time in the kept runs; wrote {page} and {picture}")
 
 
 RESULTS = """<!-- Generated by `make leaderboard`; edits are lost. -->
-# Results: {data}, {runs} runs
+# Results: {title}
 
-All methods of the kit under the competition's metric: {runs} unlearned against {runs} retrained networks, forget sets of
-{sizes} examples (public and private split). Every method was tuned on the public split with the same budget of scored
-settings (`make tune`): {budget}. The first setting tried is the published one, moved into the
-search ranges; settings that cost more than 20% of a retraining are rejected. Methods are ranked by their private score.
-
-`algorithm_1` and `algorithm_2` are unlearning.py with its published values, which were chosen for a network that trains
-longer; costs over the competition's limit are marked. `unlearning_preset` has the values that unlearning.py brings for this
-data set: the better of two such searches by public score at N = 512. `make evaluate` uses them, and presets of finetune and
-negrad that were chosen in the same way.
-
-*Published* is the score in the competition, on other data and with another network: only the order can be compared. The
-column mixes two leaderboards: the scores of unlearning, algorithm_1, algorithm_2, finetune and negrad are public ones, as
-reported by Ahn et al., the authors of the method in unlearning.py; those of the winning teams are private ones.
+All methods of the kit under the competition's metric: {runs} unlearned against {runs} retrained networks on each forget set.
+The score is the mean over the forget sets ± its standard error; the 95% interval says how far another choice of forget sets
+could move it. A **group** begins with the first method that the first method of the group above beats, by a paired
+comparison over the forget sets: within a group, no method can be told from its first one. What the error bars mean:
+[docs/trust.md]({kit}/docs/trust.md); what the scores mean: [docs/metric.md]({kit}/docs/metric.md).
 
 {table}
 
 ![Scores of all methods]({picture})
 
-What the scores mean: [docs/metric.md]({explained}). The ceiling is what a perfect unlearner would get, estimated from
-the retrained networks.
+Every method was tuned on public forget sets with the same budget of scored settings (`make tune`): {budget}. The first
+setting tried is the published one, moved into the search ranges; settings that cost more than 20% of a retraining are
+rejected. `algorithm_1` and `algorithm_2` are unlearning.py with its published values, which were chosen for a network that
+trains longer; costs over the competition's limit are marked. `unlearning_preset` has the values that unlearning.py brings
+for this data set. The ceiling is what a perfect unlearner would get, estimated from the retrained networks.
 
-## How far to trust a quick run
+*Published* is the score in the competition, on other data and with another network: only the order can be compared. The
+column mixes two leaderboards: the scores of unlearning, algorithm_1, algorithm_2, finetune and negrad are public ones, as
+reported by Ahn et al., the authors of the method in unlearning.py; those of the winning teams are private ones.
 
-Spearman's rank correlation between two rankings of the methods, and the spread of a single score:
+## Each forget set
 
-{correlations}
+{per_split}
+
+Spearman's rank correlation of the ranking on one forget set with the ranking by the mean of the others: {agreement}.
+
+## Other judges
+
+Spearman's rank correlation between the rankings of the methods by different judges (means over the forget sets; 1: the same
+order). The attacks are explained in [`evaluator/attacks.py`]({kit}/evaluator/attacks.py); none of them enters the score.
+
+{judges}
 
 ## How this page was made
 

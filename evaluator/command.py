@@ -6,12 +6,15 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from evaluator.evaluation import Evaluation
+from evaluator.data import splits
+from evaluator.evaluation import Evaluation, data_folder
 from evaluator.files import Problem, one_line
 
 OPTIONS = {
     "data": dict(default="digits", help="a name under data/, or any folder with the same layout (default: digits)"),
-    "split": dict(default="public", help="public (tune on this one) or private (report on this one)"),
+    "split": dict(
+        default="public", help="a forget set: public (to tune on) or private (to report on); several: 'public*', 'private*'"
+    ),
     "runs": dict(type=int, default=512, help="N, the number of networks of each kind (default: %(default)s)"),
     "second-pool": dict(action="store_true", help="measure the ceiling, with N more retrained networks"),
     "attacks": dict(action="store_true", help="also run other membership-inference attacks and print them beside the score"),
@@ -38,6 +41,11 @@ def evaluation(args: argparse.Namespace, **values: object) -> Evaluation:
     """The Evaluation that a command's options ask for; values: options that the command sets itself."""
     asked = {name.replace("-", "_"): getattr(args, name.replace("-", "_"), None) for name in OPTIONS}
     return Evaluation.of(**{name: value for name, value in (asked | values).items() if value is not None})
+
+
+def splits_asked(args: argparse.Namespace) -> list[str]:
+    """The splits that --split names. Raises Problem when there is none."""
+    return splits(data_folder(args.data), args.split)
 
 
 def run(command: Callable[[], None]) -> int:

@@ -170,6 +170,7 @@ class Evaluation:
                 share = unlearned.number(f"cost_{self.setting.device}", lambda: self.cost(method))
             pools = unlearned.load(range(self.runs)), retrained.load(range(self.runs))
             scores, table = scoring.score(*pools, self.data, self.attacks)
+            beside, columns = scoring.explanation(*pools, self.data, scores)
             summary = {
                 "method": method.name,
                 "path": str(method.path),
@@ -177,6 +178,7 @@ class Evaluation:
                 "data": self.data.name,
                 "split": self.data.split,
                 **scores,
+                **beside,
                 "seconds_per_run": share and share * self.retraining_seconds(),
                 "fraction_of_retraining": share,
                 "original": "given" if original_is_given(self.data) else "trained by the recipe",
@@ -187,7 +189,7 @@ class Evaluation:
             # In this order, no figure or table is ever beside a summary it does not belong to.
             for old in [folder / "summary.json", *folder.glob("*.png")]:
                 old.unlink(missing_ok=True)
-            write_csv(folder / "examples.csv", table)
+            write_csv(folder / "examples.csv", table.assign(**columns))
             write_json(folder / "summary.json", summary | {"checked": _checksum(summary, folder / "examples.csv")})
             return read_json(folder / "summary.json")
 

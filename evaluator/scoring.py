@@ -10,6 +10,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from evaluator import intervals, why
 from evaluator.attacks import ATTACKS
 from evaluator.data import Data
 from evaluator.files import Problem, code_digest
@@ -29,7 +30,7 @@ CEILING_DRAWS = 4
 VERSION = hashlib.sha256(
     "".join(
         code_digest(ast.parse((Path(__file__).parent / f"{name}.py").read_bytes()))
-        for name in ("metric", "attacks", "scoring")
+        for name in ("metric", "attacks", "intervals", "why", "scoring")
     ).encode()
 ).hexdigest()[:12]
 
@@ -79,6 +80,29 @@ def score(
         table = table.assign(**{name: attack(ours, theirs).numpy() for name, attack in ATTACKS.items()})
         summary["attacks"] = {name: table[name].mean() for name in ATTACKS}
     return summary, table
+
+
+def explanation(
+    unlearned: dict[str, Tensor], retrained: dict[str, Tensor], data: Data, scores: dict
+) -> tuple[dict, dict[str, np.ndarray]]:
+    """What belongs beside a score: how far to trust it, and why it is what it is.
+
+    scores: what `score` found for these pools. Returns further entries for the summary, and columns for the table of the
+    forget examples: the shift of the median and the ratio of the spreads.
+    """
+    sides = [{"confidences": confidences(pool, data), **pool} for pool in (unlearned, retrained)]
+    ours, theirs = (side["confidences"] for side in sides)
+    found: dict = {}
+    if scores["runs"] >= intervals.FEWEST_TO_HALVE:
+        found["half_samples"] = intervals.half_samples(*sides)
+        for name, draws in found["half_samples"].items():
+            found[f"{name}_interval"] = intervals.interval(scores[name], draws)[1:]
+    of_quality = scores["score"] / scores["forgetting_quality"] if scores["forgetting_quality"] else 0.0
+    qualities = why.decomposition(ours, theirs)
+    found["what_if"] = {name: of_quality * qualities[f"{name}_right"] for name in ("medians", "spreads", "both")}
+    compared = why.shifts_and_spreads(ours, theirs)
+    found["diagnosis"] = why.in_words(compared, scores["runs"])
+    return found, {"shift": compared.shift.numpy(), "spread_ratio": compared.ratio.numpy()}
 
 
 def confidences(pool: dict[str, Tensor], data: Data) -> Tensor:
