@@ -1,8 +1,8 @@
 """Why a method scores what it does: the medians and spreads of its confidences beside the retrained networks'.
 
-A score is lost in three ways that need different cures: the unlearned networks are too confident on a forget example, not
-confident enough, or too alike. A perfect unlearner's medians and spreads differ from the retrained networks' too, by chance:
-whatever is said here is only what goes beyond that.
+Unlearned networks can be too confident on a forget example or not confident enough, too alike or too different, and each
+needs another cure. A perfect unlearner's medians and spreads differ from the retrained networks' too, by chance: what is
+said here is what goes beyond that. docs/why.md explains it to a user.
 """
 
 import math
@@ -15,13 +15,20 @@ from torch import Tensor
 
 from evaluator.metric import THRESHOLDS_PER_UNIT, epsilons, forgetting_quality
 
-RESOLUTION = 1 / THRESHOLDS_PER_UNIT  # of the metric: it takes an example whose confidences vary less for a constant
-BEYOND_NOISE = 2.5  # standard errors; about 1% of the examples of a perfect unlearner are further off
-MENTIONED = 0.1  # the least share of the examples that is put into words: more than a perfect unlearner has by chance
+RESOLUTION = 1 / THRESHOLDS_PER_UNIT  # of the metric; confidences that vary less count as constant
+BEYOND_NOISE = 2.5  # standard errors: of a perfect unlearner's examples, about 1% are further off to either side
+MENTIONED, FEW = 0.1, 3  # the least share and number of examples put into words: so many are not off by chance
+BALANCED = 0.5  # if the smaller of two opposite shares is at least this part of the larger, neither is said to be the rule
+DAMAGE = ("more damage", "less damage", "another kind of damage, not more or less of it")
+VARIETY = (
+    "damage that differs more between runs",
+    "damage that differs less between runs",
+    "another kind of randomness, not more or less of it",
+)
 
 
-class Differences(NamedTuple):
-    """Between unlearned and retrained confidences; every field is [examples]."""
+class ShiftsAndSpreads(NamedTuple):
+    """Of the unlearned confidences against the retrained ones; every field is [examples]."""
 
     shift: Tensor  # of the median, in standard deviations of the retrained confidences
     ratio: Tensor  # of the standard deviations, unlearned / retrained
@@ -29,41 +36,42 @@ class Differences(NamedTuple):
     ratio_noise: Tensor  # standard error of ln(ratio)
 
 
-def differences(unlearned: Tensor, retrained: Tensor) -> Differences:
+def shifts_and_spreads(unlearned: Tensor, retrained: Tensor) -> ShiftsAndSpreads:
     """How far the unlearned confidences are from the retrained ones, and how far they may be by chance.
 
-    unlearned, retrained: finite confidences [runs, examples], at least 2 runs.
+    unlearned, retrained: finite confidences, [runs, examples] each, at least 2 runs.
 
-    The spread is the standard deviation and not a robust one, because the metric's attacks are decided in the tails; it is
-    also the one with the smallest sampling error. A spread below the metric's resolution counts as that resolution, so that
-    constants have a shift and a ratio too.
-    Standard errors: sqrt(pi/2) sd / sqrt(N) of a median (normal law), sqrt((kurtosis - 1) / (4N)) of the logarithm of a
-    standard deviation (any law), each side's added in squares. The kurtosis is at least a normal law's, 3.
+    The spread is the standard deviation and not a robust one, because the attacks of the metric are decided in the tails;
+    of the spreads tried it has the smallest sampling error, too. A spread below the metric's resolution of 0.01 counts as
+    0.01, so that shift and ratio of constants are finite.
+    The standard error of a median is sqrt(pi/2) sd / sqrt(N) for a normal law; that of the logarithm of a standard deviation
+    is sqrt((kurtosis - 1) / 4N) for any law. The kurtosis of few runs is unreliable: at least a normal law's 3 is taken.
     """
     runs = len(unlearned)
     ours, theirs = _spread(unlearned), _spread(retrained)
-    tails = _kurtosis(unlearned) + _kurtosis(retrained) - 2
-    return Differences(
-        (_median(unlearned) - _median(retrained)) / theirs,
-        ours / theirs,
-        _shift_noise(ours / theirs, runs),
-        (tails / (4 * (runs - 1))).sqrt(),
+    kurtoses = _kurtosis(unlearned) + _kurtosis(retrained)
+    return ShiftsAndSpreads(
+        shift=(_median(unlearned) - _median(retrained)) / theirs,
+        ratio=ours / theirs,
+        shift_noise=_shift_noise(ours / theirs, runs),
+        ratio_noise=((kurtoses - 2) / (4 * (runs - 1))).sqrt(),
     )
 
 
 def matched(unlearned: Tensor, retrained: Tensor, medians: bool, spreads: bool) -> Tensor:
-    """The unlearned confidences of a method with the right medians, spreads or both: [runs, examples].
+    """The confidences of a method whose medians, spreads or both are right and that is otherwise this one: [runs, examples].
 
     Each example's confidences are moved and scaled until they differ from the retrained ones by as much as a perfect
-    unlearner's would by chance. Without that rest even a perfect unlearner would seem to gain. The rests are the quantiles
-    of a normal law; which example gets which is decided by the rank of its difference, so that where all differences are
-    chance they stay as they are.
-    An example that does not vary on one side is left as it is: no scale makes a constant vary.
+    unlearner's do by chance; without that rest even a perfect unlearner would seem to gain. The rests of all examples are
+    the quantiles of a normal law, in the order of the differences: where these are nothing but chance, they hardly change.
+    An example that is constant on either side is left as it is: no scale makes a constant vary.
     """
-    found = differences(unlearned, retrained)
-    ratio = (_by_chance(found.ratio.log() / found.ratio_noise) * found.ratio_noise).exp() if spreads else found.ratio
-    noise = _shift_noise(ratio, len(unlearned))
-    shift = _by_chance(found.shift / found.shift_noise) * noise if medians else found.shift
+    found = shifts_and_spreads(unlearned, retrained)
+    ratio, shift = found.ratio, found.shift
+    if spreads:
+        ratio = (_by_chance(ratio.log() / found.ratio_noise) * found.ratio_noise).exp()
+    if medians:
+        shift = _by_chance(shift / found.shift_noise) * _shift_noise(ratio, len(unlearned))
     centre = _median(retrained) + shift * _spread(retrained)
     moved = centre + (unlearned - _median(unlearned)) * (ratio / found.ratio)
     varies = torch.minimum(_spread(unlearned), _spread(retrained)) > RESOLUTION
@@ -71,7 +79,7 @@ def matched(unlearned: Tensor, retrained: Tensor, medians: bool, spreads: bool) 
 
 
 def quality(unlearned: Tensor, retrained: Tensor) -> float:
-    """Forgetting quality F, as the score has it."""
+    """Forgetting quality F of confidences [runs, examples]."""
     return forgetting_quality(epsilons(unlearned, retrained), len(unlearned))
 
 
@@ -80,43 +88,38 @@ def decomposition(
 ) -> dict[str, float]:
     """F as it is, and what it would be if every example's median, spread, or both were right. See `matched`.
 
-    F times the accuracy ratios is the score. Raises ValueError as `evaluator.metric.epsilons`.
+    Times the accuracy ratios these are scores. Raises ValueError as `evaluator.metric.epsilons` does.
     """
     return {
-        "as it is": quality(unlearned, retrained),
-        "medians right": quality(matched(unlearned, retrained, True, False), retrained),
-        "spreads right": quality(matched(unlearned, retrained, False, True), retrained),
-        "both right": quality(matched(unlearned, retrained, True, True), retrained),
+        "as_it_is": quality(unlearned, retrained),
+        "medians_right": quality(matched(unlearned, retrained, medians=True, spreads=False), retrained),
+        "spreads_right": quality(matched(unlearned, retrained, medians=False, spreads=True), retrained),
+        "both_right": quality(matched(unlearned, retrained, medians=True, spreads=True), retrained),
     }
 
 
-def in_words(found: Differences, runs: int) -> str:
-    """What is wrong beyond noise, on what share of the examples, and what would cure it: one line."""
+def in_words(found: ShiftsAndSpreads, runs: int) -> str:
+    """In one line: what is wrong beyond noise, on what share of the examples, and what would cure it."""
     shift, spread = found.shift / found.shift_noise, found.ratio.log() / found.ratio_noise
-    shares = {
-        "too confident": shift > BEYOND_NOISE,
-        "not confident enough": shift < -BEYOND_NOISE,
-        "too alike": spread < -BEYOND_NOISE,
-        "too different": spread > BEYOND_NOISE,
-    }
-    shares = {name: share.double().mean().item() for name, share in shares.items()}
-    said = {name: share for name, share in shares.items() if share >= MENTIONED}
+    names = ("too confident", "not confident enough", "too alike", "too different")
+    shares = [(size > BEYOND_NOISE).double().mean().item() for size in (shift, -shift, -spread, spread)]
+    least = max(MENTIONED, min(1.0, FEW / len(shift)))
+    said = [f"{name} on {share:.0%}" for name, share in zip(names, shares, strict=True) if share >= least]
     if not said:
         return f"nothing to cure: medians and spreads agree within the noise of {runs} runs"
-    first, *others = (f"{name} on {share:.0%}" for name, share in said.items())
-    cures = [
-        {
-            (True, False): "more damage",
-            (False, True): "less damage",
-            (True, True): "neither more nor less damage but damage elsewhere",
-        }.get(("too confident" in said, "not confident enough" in said)),
-        {
-            (True, False): "damage that differs more between runs",
-            (False, True): "damage that differs less between runs",
-            (True, True): "randomness elsewhere, not more or less of it",
-        }.get(("too alike" in said, "too different" in said)),
-    ]
-    return f"{', '.join([f'{first} of the examples', *others])}: {', and '.join(cure for cure in cures if cure)}"
+    said[0] += " of the examples"
+    cures = _cure(DAMAGE, *shares[:2], least) + _cure(VARIETY, *shares[2:], least)
+    return f"{', '.join(said)}: {', and '.join(cures)}"
+
+
+def _cure(cures: tuple[str, str, str], first: float, second: float, least: float) -> list[str]:
+    """Of the larger of two opposite shares; the third cure if what helps the one share would hurt as large a one."""
+    smaller, larger = sorted((first, second))
+    if larger < least:
+        return []
+    if smaller >= max(least, BALANCED * larger):
+        return [cures[2]]
+    return [cures[0] if first > second else cures[1]]
 
 
 def _median(side: Tensor) -> Tensor:
@@ -129,15 +132,15 @@ def _spread(side: Tensor) -> Tensor:
 
 
 def _kurtosis(side: Tensor) -> Tensor:
-    centred = side.double() - side.double().mean(dim=0)
-    return ((centred**4).mean(dim=0) / _spread(side) ** 4).clamp(min=3)
+    deviations = (side.double() - side.double().mean(dim=0)) / _spread(side)
+    return (deviations**4).mean(dim=0).clamp(min=3)
 
 
 def _shift_noise(ratio: Tensor, runs: int) -> Tensor:
     return (math.pi / 2 * (1 + ratio**2) / runs).sqrt()
 
 
-def _by_chance(scores: Tensor) -> Tensor:
-    """Standard normal quantiles in the order of `scores`, [examples]; equal scores get the same one."""
-    ranks = torch.from_numpy(rankdata(scores.cpu())).to(scores.device)
-    return torch.special.ndtri((ranks - 0.5) / len(scores))
+def _by_chance(sizes: Tensor) -> Tensor:
+    """The quantiles of the standard normal law in the order of `sizes`, [examples]; equal sizes get the same one."""
+    ranks = torch.from_numpy(rankdata(sizes.cpu())).to(sizes.device)
+    return torch.special.ndtri((ranks - 0.5) / len(sizes))
