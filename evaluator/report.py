@@ -36,6 +36,7 @@ from evaluator.runs import FIRST_SEED, retrained_pool
 from evaluator.scoring import COST_LIMIT, confidences
 
 UNLEARNED, RETRAINED, GREY = "#d1495b", "#30638e", "#999999"
+LOW, MIDDLE, HIGH = "#3a8ed0", "#9d72c4", "#e2566c"  # of epsilon: seen well on white and on black
 INK = "#010203"  # stands for the page's colour of text
 # In the page the colours follow the reader's light or dark setting: they are CSS variables of report.html.jinja.
 PAGE_COLOURS = {INK: "currentColor", UNLEARNED: "var(--unlearned)", RETRAINED: "var(--retrained)", GREY: "var(--grey)"}
@@ -227,7 +228,8 @@ def charts(
             Chart(
                 "Shift and spread",
                 "One point per forget example. Right of 0: more confident than retrained networks; below 1: the runs are "
-                "more alike than retrained networks are. A perfect unlearner's points crowd around 0 and 1.",
+                "more alike than retrained networks are. A perfect unlearner's points crowd around 0 and 1. Points beyond "
+                f"±{LARGEST_SHIFT:g}, or a ratio of {LARGEST_RATIO:g}, are drawn at the edge.",
                 f"Scatter plot; the median shift is {table['shift'].median():.2f} and the median spread ratio "
                 f"{table.spread_ratio.median():.2f}.",
                 shift_scatter(table, runs),
@@ -279,7 +281,7 @@ def epsilon_histogram(epsilon: np.ndarray, runs: int) -> Figure:
     number = np.minimum(np.floor(epsilon / BIN_WIDTH), bins).astype(int)
     counts = np.bincount(number, minlength=bins + 1)
     middles = (np.arange(bins + 1) + 0.5) * BIN_WIDTH
-    axes.bar(middles, counts, width=0.9 * BIN_WIDTH, color=[RETRAINED] * bins + [GREY])
+    axes.bar(middles, counts, width=0.9 * BIN_WIDTH, color=[MIDDLE] * bins + [GREY])
     step = 2 if bins <= 10 else 4  # of bins: labels that fit
     ticks = np.arange(0, bins, step)
     axes.set_xticks([*ticks * BIN_WIDTH, middles[-1]], [*(f"{tick * BIN_WIDTH:g}" for tick in ticks), "beyond"])
@@ -307,7 +309,7 @@ def shift_scatter(table: pd.DataFrame, runs: int) -> Figure:
     shift = table["shift"].clip(-LARGEST_SHIFT, LARGEST_SHIFT)
     ratio = table.spread_ratio.clip(1 / LARGEST_RATIO, LARGEST_RATIO)
     last = max(1, math.ceil(math.log(runs - 1)))  # where examples begin to earn nothing
-    colours = LinearSegmentedColormap.from_list("epsilon", ["#3a8ed0", "#9d72c4", "#e2566c"]).with_extremes(over=GREY)
+    colours = LinearSegmentedColormap.from_list("epsilon", [LOW, MIDDLE, HIGH]).with_extremes(over=GREY)
     points = axes.scatter(
         shift,
         ratio,
@@ -565,7 +567,8 @@ def _literal(value: object) -> str:
     """As `--set` reads it: text without quotes, unless it would be taken for something else."""
     try:
         ast.literal_eval(str(value))
-        return repr(value)
+        text = repr(value)
+        return text if '"' in text else text.replace("'", '"')  # single quotes would be hard to read in a shell's
     except (ValueError, SyntaxError, MemoryError, RecursionError):
         return str(value)
 
