@@ -57,7 +57,7 @@ def test_figures_by_hand():
 
 
 def test_a_perfect_unlearner_gains_nothing():
-    sides = pools(64, 100)
+    sides = pools(64, 60)
     found = decomposition(*sides)
     assert [found[name] for name in found] == pytest.approx([found["as_it_is"]] * 4, abs=0.02)
     # Medians and spreads that are exactly the retrained ones would promise it much more.
@@ -117,16 +117,17 @@ def test_words(shift, ratio, wrong, cure):
 
 
 @pytest.mark.parametrize("examples", [5, 100])
-@pytest.mark.parametrize("runs", [8, 32, 512])
-def test_nothing_is_said_of_a_perfect_unlearner(runs, examples):
-    """Of any law: with Student's t with 3 degrees of freedom the spreads of equal laws differ most by chance."""
+@pytest.mark.parametrize(("runs", "heavy"), [(4, False), (32, False), (32, True), (512, False), (512, True)])
+def test_nothing_is_said_of_a_perfect_unlearner(runs, heavy, examples):
+    """heavy: of Student's t with 3 degrees of freedom, where the spreads of equal laws differ a lot by chance."""
     said = 0
     for seed in range(20):
         sides = pools(runs, examples, seed=seed)
-        source = torch.Generator().manual_seed(seed)
-        heavy = [side / torch.randn(3, runs, examples, generator=source).square().mean(0).sqrt() for side in sides]
-        said += sum(not words(*pair).startswith("nothing to cure") for pair in (sides, heavy))
-    assert said <= 2  # of 40
+        if heavy:
+            source = torch.Generator().manual_seed(seed)
+            sides = [side / torch.randn(3, runs, examples, generator=source).square().mean(0).sqrt() for side in sides]
+        said += not words(*sides).startswith("nothing to cure")
+    assert said <= 1
 
 
 def test_few_examples_may_be_off_by_chance():
