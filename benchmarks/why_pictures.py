@@ -3,7 +3,7 @@ tables of docs/why.md and draws its picture, docs/why.png.
 
     python -m benchmarks.why_pictures
 
-Confidences as in benchmarks/metric_pictures.py. About three minutes on one core.
+Confidences as in benchmarks/metric_pictures.py. About two minutes on one core.
 """
 
 import argparse
@@ -95,7 +95,7 @@ def draw_panel(axes: Axes, title: str, law: tuple[float, float], examples: int, 
     axes.set_title(f"{title}: F = {quality:.3f}", fontsize=10.5, loc="left", weight="bold", pad=19)
     words = in_words(found, runs).replace(" of the examples", "")
     axes.text(0, 1.03, words, transform=axes.transAxes, va="bottom", color="#444444", fontsize=8)
-    numbers = f"shift {found.shift[0]:.2f}\nratio {found.ratio[0]:.2f}"
+    numbers = f"shift {found.shift[0]:.2f}\nratio {found.ratio[0]:.2f}".replace("-", "−")
     axes.text(0.99, 0.72, numbers, transform=axes.transAxes, va="top", ha="right", color="#444444")
     axes.set(
         xlabel="confidence in the true class",
