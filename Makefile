@@ -1,8 +1,10 @@
 # make evaluate            score unlearning.py beside the baselines; RUNS=64 for a first impression
 #                          METHOD=my_method.py scores another file, ATTACKS=1 adds further attacks beside the score
+#                          SPLIT='private*' scores on all private forget sets: means and their errors
+# make report              the page of everything that is kept: results/<data>/<split>/report.html; runs nothing
 # make tune                search every method's hyperparameters; METHOD=methods/fanchuan.py for one
 # make ladder              unlearning.py's published ablation, row by row
-# make leaderboard         all methods with their tuned values, on both splits: results/digits/RESULTS.md
+# make leaderboard         all methods with their tuned values, on all private forget sets: results/digits/RESULTS.md
 #                          PAGE=RESULTS.md replaces the kit's own page and docs/leaderboard.png instead
 # make notebook            notebooks/*.ipynb from unlearning.py and their sources
 # make rehearse            Kaggle on this machine: runs the notebook, checks and scores its submission.zip
@@ -25,10 +27,13 @@ PAGE ?=
 RUN := $(VENV)/bin/python
 ON := --data $(DATA) $(if $(JOBS),--jobs $(JOBS))
 
-.PHONY: evaluate tune ladder leaderboard notebook rehearse submit test lint format clean
+.PHONY: evaluate report tune ladder leaderboard notebook rehearse submit test lint format clean
 
 evaluate: $(VENV)/.ready data/digits/dataset.json
-	$(RUN) evaluate.py $(METHOD) $(ON) --split $(SPLIT) --runs $(RUNS) $(if $(ATTACKS),--attacks)
+	$(RUN) evaluate.py $(METHOD) $(ON) --split '$(SPLIT)' --runs $(RUNS) $(if $(ATTACKS),--attacks)
+
+report: $(VENV)/.ready data/digits/dataset.json
+	$(RUN) evaluate.py report $(ON) --split '$(SPLIT)' --runs $(RUNS)
 
 tune: $(VENV)/.ready-dev data/digits/dataset.json
 	$(RUN) -m evaluator.tuning $(METHOD) $(ON)

@@ -4,6 +4,9 @@
     python evaluate.py methods/fanchuan.py      any method file, or an edited notebook
     python evaluate.py --checkpoints submission.zip --runs 8          networks that exist already
     python evaluate.py --runs 64                a first impression in two minutes (never compare scores across --runs)
+    python evaluate.py --split 'private*'       on every private forget set: means and their errors
+    python evaluate.py compare A.py B.py        also example by example: where does B differ from A?
+    python evaluate.py report                   the page of what is kept, without running anything
 
 Everything finished is kept under --results: the same command resumes where it was interrupted, and redoes only what a
 change of data, recipe, code or hyperparameters affects.
@@ -20,7 +23,7 @@ if __name__ == "__main__":  # before torch is imported here: the server imports 
 
 import pandas as pd
 
-from evaluator import command, forget_sets, report
+from evaluator import command, comparison, forget_sets, report
 from evaluator.checkpoints import Checkpoints
 from evaluator.evaluation import HERE, Evaluation
 from evaluator.files import Problem, read_json, write_csv
@@ -39,16 +42,20 @@ def main(arguments: list[str] | None = None) -> int:
     what.add_argument("--tuned", action="store_true", help="use the values that `make tune` found for the data set")
     what.add_argument("--set", nargs="+", default=[], metavar="FIELD=VALUE", help="Config fields of the METHODs")
     args = parser.parse_args(arguments)
-    return command.run(lambda: evaluate(args))
+    what_to_do = {"compare": compare, "report": write_pages}.get(args.methods[0] if args.methods else "", evaluate)
+    if what_to_do is not evaluate:
+        del args.methods[0]
+    return command.run(lambda: what_to_do(args))
 
 
-def evaluate(args) -> None:
+def evaluate(args) -> list[Evaluation]:
+    """Score the methods on each forget set, and print what was found. Returns the evaluations."""
     splits = command.splits_asked(args)
     if args.checkpoints and len(splits) > 1:
         raise Problem(f"--split {args.split}: a submission is for one forget set; name one of {', '.join(splits)}")
+    evaluations = [command.evaluation(args, split=split) for split in splits]
     methods, found, tables = [], [], []
-    for split in splits:
-        evaluation = command.evaluation(args, split=split)
+    for evaluation in evaluations:
         with evaluation.alone():
             methods = methods or methods_of(args, evaluation.data.name)
             found.append([scored(evaluation, method, args.attacks) for method in methods])
@@ -75,6 +82,32 @@ def evaluate(args) -> None:
     if len(methods) > 1:
         print("", *forget_sets.verdicts(list(zip(*found, strict=True))), sep="\n")
     print(f"\nfigures, per-example values and {page.name}: {page.parent}")
+    return evaluations
+
+
+def compare(args) -> None:
+    """Score two methods, and say on which forget examples they differ."""
+    if len(args.methods) != 2:
+        raise Problem(f"compare needs two METHODs, not {len(args.methods)}: python evaluate.py compare A.py B.py")
+    names = tuple(path.stem for path in map(Path, args.methods))
+    for evaluation in evaluate(args):
+        tables = [pd.read_csv(evaluation.results / name / "examples.csv") for name in names]
+        found = comparison.compare(*tables, names, evaluation.runs)
+        file = evaluation.results / f"compare_{'_'.join(names)}.csv"
+        write_csv(file, found.examples)
+        print(f"\n{evaluation.data.split}, {names[1]} against {names[0]}: {found}")
+        print(found.examples.head(10).round(4).to_string(index=False))
+        print(f"all examples: {file}")
+
+
+def write_pages(args) -> None:
+    """Write the page of what is kept for each forget set."""
+    if args.methods:
+        raise Problem(f"report shows every method that is kept; leave out {args.methods[0]}")
+    for split in command.splits_asked(args):
+        evaluation = command.evaluation(args, split=split)
+        with evaluation.alone():
+            print(report.write_page(evaluation))
 
 
 def scored(evaluation: Evaluation, method: Method | Checkpoints, attacks: bool) -> dict:

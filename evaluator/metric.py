@@ -113,14 +113,19 @@ def best_attacks(
     return Attacks(epsilon.clamp(max=LARGEST_EPSILON), family, left, right, *inside)
 
 
-def forgetting_quality(epsilons: Tensor, runs: int) -> float:
-    """F, the mean over the forget examples of H(epsilon) = 2 / 2^n for epsilon in the n-th bin of width 0.5.
+def earned(epsilons: Tensor, runs: int) -> Tensor:
+    """H(epsilon) = 2 / 2^n for epsilon in the n-th bin of width 0.5: [examples].
 
     epsilons: [examples]; runs: N, which fixes the number of bins (14 at 512); past the last bin H is 0.
     """
     bins = math.ceil(math.log(runs - 1)) / BIN_WIDTH
     bin_number = (epsilons / BIN_WIDTH).floor()  # n - 1
-    return torch.where(bin_number < bins, torch.exp2(-bin_number), 0.0).mean().item()
+    return torch.where(bin_number < bins, torch.exp2(-bin_number), 0.0)
+
+
+def forgetting_quality(epsilons: Tensor, runs: int) -> float:
+    """F, the mean over the forget examples of what their epsilons earn."""
+    return earned(epsilons, runs).mean().item()
 
 
 def competition_score(forgetting_quality: float, ra_unlearned, ra_retrained, ta_unlearned, ta_retrained) -> float:

@@ -97,9 +97,11 @@ def explanation(
         found["half_samples"] = intervals.half_samples(*sides)
         for name, draws in found["half_samples"].items():
             found[f"{name}_interval"] = intervals.interval(scores[name], draws)[1:]
-    of_quality = scores["score"] / scores["forgetting_quality"] if scores["forgetting_quality"] else 0.0
+    accuracies = {name: scores[name] for name in ("ra_unlearned", "ra_retrained", "ta_unlearned", "ta_retrained")}
     qualities = why.decomposition(ours, theirs)
-    found["what_if"] = {name: of_quality * qualities[f"{name}_right"] for name in ("medians", "spreads", "both")}
+    found["what_if"] = {
+        name: competition_score(qualities[f"{name}_right"], **accuracies) for name in ("medians", "spreads", "both")
+    }
     compared = why.shifts_and_spreads(ours, theirs)
     found["diagnosis"] = why.in_words(compared, scores["runs"])
     return found, {"shift": compared.shift.numpy(), "spread_ratio": compared.ratio.numpy()}
