@@ -27,8 +27,12 @@ from evaluator.metric import (
 LEVEL = 0.95
 HALVES = 16
 FEWEST_TO_HALVE = 8  # runs: F of fewer than 4 has next to no bins
+FEWEST_TO_PROJECT = 32
 FEWEST_RUNS, FEWEST_SETS = 64, 4  # below them intervals are said to be unreliable
 STEP = 0.08  # between the ends of a half-sample's intervals; the metric's own is 0.01
+# Of a projection's logarithm, per doubling of the runs; both from the real runs in docs/trust.md.
+SLOPE_ERROR = 0.4  # how much the error of F grows, as the slope has an error too
+BEND = 0.1  # how much the true curve bends away from a line
 Row = TypeVar("Row")
 
 
@@ -48,21 +52,7 @@ def half_samples(unlearned: dict[str, Tensor], retrained: dict[str, Tensor]) -> 
     are NaN with fewer than FEWEST_TO_HALVE runs. Halves are drawn without replacement, as a run that is drawn twice looks
     like a difference to the metric; a run is drawn for all examples at once, which makes their correlation count.
     """
-    runs, examples = unlearned["confidences"].shape
-    if runs < FEWEST_TO_HALVE:
-        return {"forgetting_quality": [math.nan] * HALVES, "score": [math.nan] * HALVES}
-    size = runs // 2
-    order = torch.rand(2, HALVES, runs, generator=torch.Generator().manual_seed(0)).argsort(dim=2)
-    ours, theirs = order[:, :, :size]  # [halves, size]
-    # A half's examples become columns, and all of them go through the metric at once.
-    columns = (side["confidences"][half.T].flatten(1) for side, half in ((unlearned, ours), (retrained, theirs)))
-    found = quick_epsilons(*columns).view(HALVES, examples)
-    quality = [forgetting_quality(epsilons, size) for epsilons in found]
-    score = [
-        competition_score(value, unlearned["ra"][our], retrained["ra"][their], unlearned["ta"][our], retrained["ta"][their])
-        for value, our, their in zip(quality, ours, theirs, strict=True)
-    ]
-    return {"forgetting_quality": quality, "score": score}
+    return _samples(unlearned, retrained, len(unlearned["confidences"]) // 2)
 
 
 def interval(value: float, draws: Sequence[float]) -> Interval:
@@ -74,6 +64,29 @@ def interval(value: float, draws: Sequence[float]) -> Interval:
 def difference(a: float, draws_a: Sequence[float], b: float, draws_b: Sequence[float]) -> Interval:
     """Of a - b, two methods' F or scores at one forget set and the same N. A beats B when low > 0."""
     return Interval(a - b, *_around(a - b, _scaled(a, draws_a) - _scaled(b, draws_b)))
+
+
+def projected(score: float, unlearned: dict[str, Tensor], retrained: dict[str, Tensor], runs: int = 512) -> Interval:
+    """The score that this forget set would give with more runs, roughly: of N unlearned and N retrained runs, as for
+    `half_samples`; score: what the metric says of them.
+
+    F falls with N nearly as a power of it: the line through log F of random quarters and of all runs is continued. NaN with
+    fewer than FEWEST_TO_PROJECT runs. The interval is wide on purpose: see docs/trust.md for how it was set.
+    """
+    kept = len(unlearned["confidences"])
+    if kept < FEWEST_TO_PROJECT:
+        return Interval(math.nan, math.nan, math.nan)
+    whole = forgetting_quality(quick_epsilons(unlearned["confidences"], retrained["confidences"]), kept)
+    quarter = float(np.mean(_samples(unlearned, retrained, kept // 4)["forgetting_quality"]))
+    if not (score > 0 and whole > 0 and quarter > 0):
+        return Interval(0.0, 0.0, interval(score, half_samples(unlearned, retrained)["score"]).high)
+    doublings = math.log2(runs / kept)
+    slope = min(0.0, math.log(whole / quarter) / 2)  # per doubling; F does not grow with N
+    value = score * math.exp(slope * doublings)
+    halves = half_samples(unlearned, retrained)["forgetting_quality"]
+    error = float(np.std(halves, ddof=1) / np.mean(halves)) * (1 + SLOPE_ERROR * doublings)
+    reach = math.exp(math.hypot(error, BEND * doublings) * stats.t.ppf((1 + LEVEL) / 2, HALVES - 1))
+    return Interval(value, value / reach, value * reach)
 
 
 def mean_over(values: Sequence[float]) -> tuple[float, float, Interval]:
@@ -122,6 +135,24 @@ def groups(rows: Sequence[Row], difference: Callable[[Row, Row], Interval]) -> l
             first = number
         found.append(found[-1] + (first == number) if found else 1)
     return found
+
+
+def _samples(unlearned: dict[str, Tensor], retrained: dict[str, Tensor], size: int) -> dict[str, list[float]]:
+    """F and score of random parts with `size` runs of each side; see `half_samples`."""
+    runs, examples = unlearned["confidences"].shape
+    if runs < FEWEST_TO_HALVE:
+        return {"forgetting_quality": [math.nan] * HALVES, "score": [math.nan] * HALVES}
+    order = torch.rand(2, HALVES, runs, generator=torch.Generator().manual_seed(0)).argsort(dim=2)
+    ours, theirs = order[:, :, :size]  # [parts, size]
+    # A part's examples become columns, and all of them go through the metric at once.
+    columns = (side["confidences"][part.T].flatten(1) for side, part in ((unlearned, ours), (retrained, theirs)))
+    found = quick_epsilons(*columns).view(HALVES, examples)
+    quality = [forgetting_quality(epsilons, size) for epsilons in found]
+    score = [
+        competition_score(value, unlearned["ra"][our], retrained["ra"][their], unlearned["ta"][our], retrained["ta"][their])
+        for value, our, their in zip(quality, ours, theirs, strict=True)
+    ]
+    return {"forgetting_quality": quality, "score": score}
 
 
 def _scaled(value: float, draws: Sequence[float]) -> np.ndarray:
