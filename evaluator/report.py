@@ -171,17 +171,11 @@ def _pool(folder: Path) -> Pool:
     return Pool(folder.parent, made_from)
 
 
-def _ceiling(evaluation: Evaluation) -> dict | None:
-    """The row of a perfect unlearner, measured if that was asked for; None while that would need training."""
-
-    def complete(kind: str) -> bool:
-        pool = retrained_pool(evaluation.setting, evaluation.data, evaluation.recipe, 0, kind)
-        return not pool.missing(range(evaluation.runs))
-
-    if not complete("retrained"):
-        return None
-    if evaluation.second_pool and not complete("retrained_again"):
-        evaluation = replace(evaluation, second_pool=False)
+def _ceiling(evaluation: Evaluation) -> dict:
+    """The row of a perfect unlearner, measured only if that was asked for and needs no training."""
+    if evaluation.second_pool:
+        again = retrained_pool(evaluation.setting, evaluation.data, evaluation.recipe, 0, "retrained_again")
+        evaluation = replace(evaluation, second_pool=not again.missing(range(evaluation.runs)))
     return evaluation.ceiling()
 
 
@@ -387,14 +381,18 @@ def _shortened(name: str) -> str:
 # The page
 
 
-def write_page(evaluation: Evaluation) -> Path:
+def write_page(evaluation: Evaluation, ceiling: dict | None = None) -> Path:
     """One self-contained HTML page, report.html, about everything that is kept for this data, split and N. What cannot be
-    shown is listed with the reason. Nothing is run, and no network is trained."""
+    shown is listed with the reason. No method is run, and no network is trained.
+
+    ceiling: what `evaluation.ceiling()` returned, if it is known already.
+    """
     summaries, left_out = kept(evaluation)
-    ceiling = _ceiling(evaluation)
     methods = []
     with matplotlib.rc_context(PAGE_STYLE):
-        retrained = evaluation.retrained().load(range(evaluation.runs)) if summaries else {}
+        if summaries:  # then the retrained networks are all there
+            ceiling = ceiling or _ceiling(evaluation)
+            retrained = evaluation.retrained().load(range(evaluation.runs))
         for summary in summaries:
             try:
                 methods.append(_method_section(evaluation, summary, retrained, ceiling, f"m{len(methods) + 1}"))
@@ -418,6 +416,7 @@ def write_page(evaluation: Evaluation) -> Path:
     page = pages.get_template("report.html.jinja").render(
         evaluation=evaluation,
         board=board,
+        intervals=any(_range_text(summary.get("score_interval")) for summary in summaries),
         table=score_table(summaries, ceiling) if summaries else None,
         cautions=cautions(evaluation.data, evaluation.runs, summaries),
         left_out=left_out,

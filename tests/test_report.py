@@ -1,6 +1,8 @@
 """The page: what it shows and leaves out, that it needs nothing from outside, and how it looks in a browser."""
 
+import base64
 import html
+import io
 import json
 import math
 import re
@@ -9,6 +11,7 @@ import shutil
 import subprocess
 import warnings
 from collections import Counter
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -17,6 +20,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from PIL import Image
 
 from evaluate import field_value
 from evaluator import report, scoring
@@ -25,6 +29,7 @@ from evaluator.files import Problem, write_csv, write_json
 from evaluator.metric import best_attacks
 from evaluator.models import network_digest
 from evaluator.pool import Pool
+from evaluator.runs import retrained_pool
 
 RUNS = 16
 HOSTILE = ["<script>document.title='taken'<\\script>", '"quoted" & it\'s $x_1$ é', "_a name\nof two lines"]
@@ -255,10 +260,20 @@ def test_a_damaged_run_is_named_on_the_page(one):
 
 def test_missing_retrained_networks_are_not_trained(one):
     evaluation, _ = one
-    evaluation.retrained().path(5).unlink()
+    missing = evaluation.retrained().path(5)
+    missing.unlink()
     page = report.write_page(evaluation).read_text(encoding="utf-8")
-    assert "1 of the retrained networks&#39; 16 runs are missing, run 5" in page
-    assert evaluation.retrained().path(4).exists() and list(evaluation.results.glob("retrained/*/run_00005.npz"))
+    assert "1 of the retrained networks&#39; 16 runs are missing, run 5" in page and not missing.exists()
+
+
+def test_a_ceiling_is_only_measured_when_nothing_must_be_trained(one):
+    evaluation, folder = one
+    measured = replace(evaluation, second_pool=True)
+    assert report._ceiling(measured) == evaluation.ceiling()
+    again = retrained_pool(evaluation.setting, evaluation.data, evaluation.recipe, 0, "retrained_again")
+    for path in folder.glob("*/run_*"):
+        shutil.copy(path, again.folder)
+    assert report._ceiling(measured)["method"] == "(ceiling, measured)"
 
 
 def test_folders_that_are_no_methods(one):
@@ -348,6 +363,14 @@ def test_the_command_sets_every_value_of_the_config(one):
     assert report.command_line(evaluation, nothing).startswith("python evaluate.py --data")
 
 
+def test_large_images_become_small():
+    image = torch.randint(256, (3, 200, 100), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    for shown, size in ((image, (32, 64)), (image[:, :8, :6], (6, 8))):
+        kind, content = re.fullmatch("data:image/(png|jpeg);base64,(.*)", report._data_uri(shown)).groups()
+        found = Image.open(io.BytesIO(base64.b64decode(content)))
+        assert found.size == size and (kind == "jpeg" or torch.equal(torch.tensor(np.array(found)), shown.permute(1, 2, 0)))
+
+
 # Figures of extremes
 
 
@@ -380,6 +403,12 @@ def test_shifts_and_spreads_of_any_size(shift, ratio, runs):
     assert "spread, unlearned / retrained" in drawn(report.shift_scatter(table, runs))
 
 
+def test_many_points_are_a_picture():
+    table = pd.DataFrame({"shift": np.linspace(-1, 1, 3000), "spread_ratio": 1.0, "epsilon": 1.0})
+    shown = drawn(report.shift_scatter(table, 512))
+    assert 'href="data:image/png;base64,' in shown and len(shown) < 100_000
+
+
 @pytest.mark.parametrize("value", [0.0, 103.6])
 def test_confidences_that_are_all_the_same(value):
     side = torch.full((2, 1), value)
@@ -400,18 +429,21 @@ def test_two_runs_and_their_page(results, data):
 
 # In a browser
 
-PROBE = """<!doctype html><title></title><body>{frames}<script>
-addEventListener("load", () => {{
-  document.title = JSON.stringify([...document.querySelectorAll("iframe")].map(frame => {{
-    const page = frame.contentDocument, of = query => getComputedStyle(page.querySelector(query));
-    return {{
-      inner: frame.contentWindow.innerWidth, scroll: page.documentElement.scrollWidth, scripts: page.scripts.length,
-      names: [...page.querySelectorAll("section h2")].map(title => title.textContent),
-      paper: of("body").backgroundColor, ink: of("svg text").fill,
-      text: Math.min(...[...page.querySelectorAll("svg text")].map(text => text.getBoundingClientRect().height)),
-    }};
-  }}));
-}});
+# Opens the page in frames of some widths; writing into them, unlike loading, is over when the call returns.
+PROBE = """<!doctype html><meta charset="utf-8"><title></title><body><script>
+const found = WIDTHS.map(width => {
+  const frame = document.body.appendChild(document.createElement("iframe")), page = frame.contentDocument;
+  frame.style = `border: 0; width: ${width}px`;
+  page.open(); page.write(PAGE); page.close();
+  const of = query => getComputedStyle(page.querySelector(query));
+  return {
+    inner: frame.contentWindow.innerWidth, scroll: page.documentElement.scrollWidth, scripts: page.scripts.length,
+    names: [...page.querySelectorAll("section h2")].map(title => title.textContent),
+    paper: of("body").backgroundColor, ink: of("svg text").fill,
+    text: Math.min(...[...page.querySelectorAll("svg text")].map(text => text.getBoundingClientRect().height)),
+  };
+});
+document.title = JSON.stringify(found);
 </script>"""
 
 
@@ -420,8 +452,8 @@ addEventListener("load", () => {{
 def test_the_page_in_a_browser(page, tmp_path, dark):
     """No sideways scrolling at three widths, legible text, the reader's colours, names as text, nothing on the console."""
     widths = (360, 800, 1400)
-    frames = "".join(f'<iframe style="border:0;width:{width}px" srcdoc="{html.escape(page)}"></iframe>' for width in widths)
-    (tmp_path / "probe.html").write_text(PROBE.format(frames=frames), encoding="utf-8")
+    probe = PROBE.replace("WIDTHS", str(list(widths))).replace("PAGE", json.dumps(page).replace("<", "\\u003c"))
+    (tmp_path / "probe.html").write_text(probe, encoding="utf-8")
     scheme = f"--blink-settings=preferredColorScheme={0 if dark else 1}"
     options = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}", scheme]
     logged = ["--enable-logging=stderr", "--v=0", "--dump-dom", f"file://{tmp_path / 'probe.html'}"]
