@@ -39,6 +39,10 @@ LAWS: dict[str, Callable[[Tensor], Tensor]] = {  # from the law of the retrained
 }
 
 
+FIRST = (64, 128)  # runs, from which scores are projected
+NOT_PROJECTED = {"retrained", "retrained_again", "no_unlearning"}
+
+
 class Case(NamedTuple):
     law: str
     correlation: float
@@ -142,9 +146,8 @@ def simulate(pools: int, sizes: tuple[int, ...], jobs: int | None) -> None:
         cases = [Case(law, correlation, runs) for law in LAWS for correlation in (0.0, 0.3)]
         table = pd.DataFrame(work(joblib.delayed(coverage)(case, pools) for case in cases))
         show(f"One forget set: {pools} retrained pools per line, two unlearned pools of the law against each", table)
-        print(
-            f"all lines: coverage {table.coverage.mean():.3f}, false claims {table['false claims'].mean():.3f}", flush=True
-        )
+        means = table[["coverage", "false claims"]].mean()
+        print(f"all lines: coverage {means.iloc[0]:.3f}, false claims {means.iloc[1]:.3f}", flush=True)
     show(f"Over forget sets: {20 * pools} repeats per line", pd.DataFrame(over_sets(20 * pools)))
     show(f"Leaderboards of equal methods over 6 forget sets: {5 * pools} repeats", pd.DataFrame(equal_methods(5 * pools)))
     show("The grid of half-samples", pd.DataFrame(grids(runs, max(2, pools // 20)) for runs in sizes))
@@ -154,26 +157,31 @@ def projections(evaluation: Evaluation) -> Iterator[dict]:
     """For every kept pool of N runs: its score, and the one projected from its first 64 and 128 runs."""
     last = f"run_{evaluation.runs - 1:05d}.npz"
     whole = {path.parent.parent.name: path.parent for path in sorted(evaluation.results.glob(f"*/*/{last}"))}
+    for name in whole:  # of several pools of a method, the one its summary is about
+        scored = read_json(evaluation.results / name / "summary.json").get("made_of", {}).get("unlearned", "")
+        if (evaluation.results / name / scored / last).is_file():
+            whole[name] = evaluation.results / name / scored
 
     def pool_of(name: str) -> dict[str, Tensor]:
         kept = Pool(whole[name].parent, read_json(whole[name] / "made_from.json")).load(range(evaluation.runs))
         return {"confidences": confidences(kept, evaluation.data), "ra": kept["ra"], "ta": kept["ta"]}
 
-    if "retrained" not in whole:
-        raise Problem(
-            f"{evaluation.results}: fewer than {evaluation.runs} retrained networks are kept; run evaluate.py first"
-        )
+    if evaluation.runs <= FIRST[0]:
+        raise Problem(f"--runs {evaluation.runs}: must be more than {FIRST[0]}, from which scores are projected")
+    if "retrained" not in whole or len(whole.keys() - NOT_PROJECTED) == 0:
+        raise Problem(f"{evaluation.results}: no {evaluation.runs} runs of a method are kept; run evaluate.py first")
     theirs = pool_of("retrained")
-    for name in sorted(whole.keys() - {"retrained"}):
+    for name in sorted(whole.keys() - NOT_PROJECTED):
         sides = pool_of(name), theirs
         real = score(*sides)
-        for runs in (64, 128):
+        for runs in (runs for runs in FIRST if runs < evaluation.runs):
             first = [{of: values[:runs] for of, values in side.items()} for side in sides]
             value, low, high = projected(score(*first), *first, evaluation.runs)
             yield {"method": name, "score": real, "first": runs, "projected": value, "low": low, "high": high}
 
 
 def score(unlearned: dict[str, Tensor], retrained: dict[str, Tensor]) -> float:
+    """By the metric itself, of "confidences" [runs, examples], "ra" and "ta" [runs]."""
     quality = forgetting_quality(epsilons(unlearned["confidences"], retrained["confidences"]), len(unlearned["confidences"]))
     return competition_score(quality, *(side[of] for of in ("ra", "ta") for side in (unlearned, retrained)))
 
