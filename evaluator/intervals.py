@@ -92,14 +92,16 @@ def projected(score: float, unlearned: dict[str, Tensor], retrained: dict[str, T
 def mean_over(values: Sequence[float]) -> tuple[float, float, Interval]:
     """The mean over S forget sets, its standard error and interval (Student's t, S - 1 degrees of freedom).
 
-    With one forget set the standard error and the ends are NaN.
+    With one forget set the standard error and the ends are NaN. Raises ValueError when there is none.
     """
     values = np.asarray(values, dtype=float)
+    if not len(values):
+        raise ValueError("no score to average: at least one forget set is needed")
     mean = float(values.mean())
     if len(values) < 2:
         return mean, math.nan, Interval(mean, math.nan, math.nan)
     error = float(values.std(ddof=1) / math.sqrt(len(values)))
-    reach = error * stats.t.ppf((1 + LEVEL) / 2, len(values) - 1)
+    reach = error * float(stats.t.ppf((1 + LEVEL) / 2, len(values) - 1))
     return mean, error, Interval(mean, mean - reach, mean + reach)
 
 
@@ -164,7 +166,7 @@ def _scaled(value: float, draws: Sequence[float]) -> np.ndarray:
 
 def _around(value: float, draws: np.ndarray) -> tuple[float, float]:
     # The values of halves spread around their mean as full samples spread around theirs, for anything like a mean over
-    # the runs (Politis and Romano, 1994, delete-half).
+    # the runs (Shao and Wu, 1989: the delete-half jackknife).
     reach = float(draws.std(ddof=1) * stats.t.ppf((1 + LEVEL) / 2, len(draws) - 1))
     return value - reach, value + reach
 

@@ -128,8 +128,10 @@ def test_means_over_forget_sets_are_scipys():
     assert difference_over(a, b) == pytest.approx((np.mean(a) - np.mean(b), *paired))
     mean, error, found = mean_over([0.05])
     assert mean == found.value == 0.05 and np.isnan([error, found.low, found.high]).all()
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="broadcast"):
         difference_over(a, b[:3])
+    with pytest.raises(ValueError, match="at least one forget set"):
+        mean_over([])
 
 
 def test_verdicts():
