@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from evaluator.attacks import (
     ATTACKS,
     _bound_table,
+    _fit_logistic,
     auc,
     epsilon_lower_bound,
     gaussian_likelihood_ratio,
@@ -81,6 +82,16 @@ def test_logistic_regression_is_scikit_learns(runs, digits):
         assert found.item() == pytest.approx(cross_val_score(model, values, labels, cv=folds).mean())
 
 
+@pytest.mark.parametrize("scale", [0.1, 1, 30])
+def test_its_coefficients_are_scikit_learns(scale):
+    ours, theirs = pools(20, 6)
+    values, labels = scale * torch.cat([ours, theirs]).T, torch.tensor([0.0, 1.0]).repeat_interleave(20)
+    found = torch.stack(_fit_logistic(values.unsqueeze(1), labels.unsqueeze(0))).squeeze()
+    for example in range(6):
+        model = LogisticRegression(tol=1e-9).fit(values[example][:, None], labels)
+        assert found[:, example].numpy() == pytest.approx([model.coef_.item(), model.intercept_.item()], rel=1e-4)
+
+
 @pytest.mark.parametrize("runs", [2, 3, 41])
 def test_u_lira_is_scipys_normal_laws(runs):
     ours, theirs = pools(runs, 6)
@@ -125,7 +136,8 @@ def test_the_global_threshold_is_the_best_of_all(runs, digits):
 @pytest.mark.parametrize("runs", [2, 3, 100])
 def test_klom_is_numpys_and_scipys(runs, digits):
     ours, theirs = pools(runs, 6, digits=digits)
-    ours[0, 1], theirs[:, 2], ours[:, 3], theirs[:, 3] = 103.6, -103.6, 2.5, 2.5
+    ours[0, 1], theirs[:, 2], ours[:, 3], theirs[:, 3], theirs[0, 5] = 1000, -103.6, 2.5, 2.5, -1000
+    ours[:, 4], theirs[:, 4] = torch.arange(runs) % 21, 20 - torch.arange(runs) % 20  # all on an edge
     for example, found in enumerate(klom(ours, theirs)):
         sides = [side[:, example].clamp(-100, 100).numpy() for side in (ours, theirs)]
         low, high = min(side.min() for side in sides), max(side.max() for side in sides)
@@ -171,10 +183,10 @@ def test_the_interval_search_is_never_weaker_than_the_score(runs):
 
 
 def test_intervals_separate_neighbouring_floats():
-    ours = torch.tensor([[1.0], [1.0]], dtype=torch.float64)
-    for theirs in (torch.nextafter(ours, 2 * ours), torch.nextafter(ours, -ours)):
+    for one in (1.0, np.nextafter(1.0, 2)):  # the middle of two neighbours is rounded down once, and up once
+        ours = torch.tensor([[0.5], [one]], dtype=torch.float64)
+        theirs = torch.tensor([[np.nextafter(one, 2)], [2.0]], dtype=torch.float64)
         assert interval_epsilon(ours, theirs) == 50
-        assert interval_epsilon(torch.cat([ours, theirs]), torch.cat([theirs, ours])) == 0
 
 
 @pytest.mark.parametrize("runs", [1, 2, 7, 40])
