@@ -11,22 +11,27 @@ Methods differ more than the settings of one method do: in a search, every way r
 """
 
 import dataclasses
-import functools
 import itertools
 import math
 import sys
 from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
 
+import joblib
 import numpy as np
 import pandas as pd
 from scipy.stats import spearmanr
 
 from evaluator import command
-from evaluator.data import splits
+from evaluator.data import Data, splits
 from evaluator.evaluation import HERE, Evaluation
 from evaluator.files import Problem
 from evaluator.method import Method
-from evaluator.processes import in_processes
+from evaluator.pool import Pool
+from evaluator.progress import progress
+from evaluator.scoring import score
+from evaluator.training import one_thread
 from evaluator.tuning import RUNS, tuned_values
 
 FORGET_SETS = (1, 2, 3, 4, 6)
@@ -40,41 +45,52 @@ def ways(runs: int, forget_sets: int) -> list[tuple[int, int]]:
     return [(size, number) for size, number in found if size > 2]
 
 
-def kept_runs(evaluation: Evaluation, methods: Sequence[Method], needed: int) -> int:
-    """How many runs of every method and of the retrained networks are kept. Raises Problem when fewer than needed are."""
-    command_for_them = (
-        f"python evaluate.py {' '.join(str(method.path) for method in methods)} --tuned --data {evaluation.folder} "
-        f"--split {evaluation.split} --runs {needed} --results {evaluation.setting.results}"
-    )
+class Kept(NamedTuple):
+    """What is kept of some methods on one forget set."""
+
+    data: Data
+    retrained: Pool
+    unlearned: dict[str, Pool]
+    runs: int  # that every pool has
+
+
+def kept(evaluation: Evaluation, methods: Sequence[Method], needed: int, made_by: str) -> Kept:
+    """Raises Problem when a method or the retrained networks have fewer runs than needed. made_by: what would make them."""
     if not (evaluation.folder / "original_model.pth").exists():
-        raise Problem(f"{evaluation.folder}: no original_model.pth, so no run is kept; make them with: {command_for_them}")
+        raise Problem(f"{evaluation.folder}: no original_model.pth, so no run is kept; make them with: {made_by}")
     asked = dataclasses.replace(evaluation, runs=0)  # makes none
-    pools = {"retrained": asked.retrained()} | {method.name: asked.unlearned(method) for method in methods}
-    kept = {name: next(run for run in itertools.count() if pool.missing([run])) for name, pool in pools.items()}
-    fewest = min(kept, key=kept.get)
-    if kept[fewest] < needed:
-        raise Problem(
-            f"{pools[fewest].folder}: {kept[fewest]} of {needed} runs are kept; make them with: {command_for_them}"
-        )
-    return kept[fewest]
+    retrained, unlearned = asked.retrained(), {method.name: asked.unlearned(method) for method in methods}
+    runs = {pool: next(run for run in itertools.count() if pool.missing([run])) for pool in (retrained, *unlearned.values())}
+    fewest = min(runs, key=runs.get)
+    if runs[fewest] < needed:
+        raise Problem(f"{fewest.folder}: {runs[fewest]} of {needed} runs are kept; make them with: {made_by}")
+    return Kept(evaluation.data, retrained, unlearned, runs[fewest])
 
 
-def group_scores(methods: Sequence[Method], sizes: Sequence[int], evaluation: Evaluation) -> pd.DataFrame:
-    """The score of each disjoint group of N runs, for each N in `sizes` and each method: a row each."""
-    rows = [
-        {"method": method.name, "split": evaluation.split, "N": size, "group": group, "score": score}
-        for method in methods
+def group_scores(places: Sequence[Kept], sizes: Sequence[int], jobs: int) -> pd.DataFrame:
+    """The score of each disjoint group of N runs, against as many retrained networks with the same numbers, for each N in
+    `sizes`: indexed by N, split and group, a column for each method. Groups are of the runs that all pools have."""
+    runs = min(place.runs for place in places)
+    tasks = [
+        joblib.delayed(_score)(place.data, place.retrained, name, pool, range(start, start + size))
+        for place in places
+        for name, pool in place.unlearned.items()
         for size in sizes
-        for group, score in enumerate(evaluation.group_scores(method, size))
+        for start in range(0, runs - size + 1, size)
     ]
-    return pd.DataFrame(rows, columns=["method", "split", "N", "group", "score"])
+    with progress("scores", len(tasks), "group") as bar:
+        rows = []
+        for row in joblib.Parallel(jobs, return_as="generator")(tasks):
+            rows.append(row)
+            bar.update()
+    table = pd.DataFrame(rows, columns=["N", "split", "group", "method", "score"])
+    return table.set_index(["N", "split", "group", "method"]).score.unstack("method").sort_index()
 
 
-def all_scores(evaluations: list[Evaluation], methods: Sequence[Method], sizes: Sequence[int]) -> pd.Series:
-    """`group_scores` of several forget sets, worked on side by side, indexed by method, split, N and group."""
-    job = functools.partial(group_scores, methods, sizes)
-    tables = in_processes(job, evaluations, evaluations[0].setting.jobs, lambda evaluation: f"split {evaluation.split}")
-    return pd.concat(tables).set_index(["N", "split", "group", "method"]).score.unstack("method").sort_index()
+def _score(data: Data, retrained: Pool, name: str, unlearned: Pool, runs: range) -> tuple[int, str, int, str, float]:
+    with one_thread():
+        found = score(unlearned.load(runs), retrained.load(runs), data)[0]["score"]
+    return len(runs), data.split, runs.start // len(runs), name, found
 
 
 def trial(scores: pd.DataFrame, truth: pd.Series, forget_sets: int, draw: np.random.Generator) -> tuple[float, float]:
@@ -116,8 +132,7 @@ def compare(scores: pd.DataFrame, truth: pd.Series, asked: Sequence[tuple[int, i
 
 def main(arguments: list[str] | None = None) -> int:
     parser = command.parser(__doc__, runs=RUNS * 4)
-    default = [HERE / "unlearning.py", *sorted((HERE / "methods").glob("*.py"))]
-    parser.add_argument("methods", nargs="*", default=default, metavar="METHOD", help="method files (default: every one)")
+    parser.add_argument("methods", nargs="*", type=Path, metavar="METHOD", help="method files (default: all)")
     parser.add_argument("--tune-on", default="public*", help="forget sets to choose on (default: %(default)s)")
     parser.add_argument("--report-on", default="private*", help="forget sets that say the truth (default: %(default)s)")
     args = parser.parse_args(arguments)
@@ -125,25 +140,30 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def show(args) -> None:
-    one = command.evaluation(args)
-    public, private = (
-        [dataclasses.replace(one, split=split) for split in splits(one.folder, pattern)]
-        for pattern in (args.tune_on, args.report_on)
-    )
-    name = public[0].data.name
-    methods = [Method.read(path, values=tuned_values(path, name)) for path in args.methods]
-    if len(methods) < 3:
+    paths = args.methods or [HERE / "unlearning.py", *sorted((HERE / "methods").glob("*.py"))]
+    if len(paths) < 3:
         raise Problem("a ranking needs at least 3 methods")
-    kept, true_runs = (min(kept_runs(evaluation, methods, args.runs) for evaluation in each) for each in (public, private))
-    asked = ways(args.runs, len(public))
-    possible = [(size, number) for size, number in asked if size <= kept]
-    sizes = sorted({size for size, _ in possible})
-    scores = all_scores([dataclasses.replace(evaluation, runs=kept) for evaluation in public], methods, sizes)
-    longest = [dataclasses.replace(evaluation, runs=true_runs) for evaluation in private]
-    truth = all_scores(longest, methods, [true_runs]).mean()
-    table = compare(scores, truth, possible)
-    print(f"{name}: {len(methods)} methods, {len(public)} forget sets to choose on with {kept} runs each;")
-    print(f"truth: mean over {len(private)} others at N = {true_runs}, {truth.min():.4f} to {truth.max():.4f}\n")
+    one = command.evaluation(args)
+    name = dataclasses.replace(one, split=splits(one.folder, args.tune_on)[0]).data.name
+    methods = [Method.read(path, values=tuned_values(path, name)) for path in paths]
+
+    def all_kept(pattern: str) -> list[Kept]:
+        made_by = (
+            f"python evaluate.py {' '.join(map(str, args.methods)) or 'unlearning.py methods/*.py'} --tuned "
+            f"--data {args.data} --results {args.results} --runs {args.runs} --split '{pattern}'"
+        )
+        each = [dataclasses.replace(one, split=split) for split in splits(one.folder, pattern)]
+        return [kept(evaluation, methods, args.runs, made_by) for evaluation in each]
+
+    choosing, telling = all_kept(args.tune_on), all_kept(args.report_on)
+    runs, true_runs = (min(place.runs for place in places) for places in (choosing, telling))
+    asked = ways(args.runs, len(choosing))
+    possible = [(size, number) for size, number in asked if size <= runs]
+    jobs = one.setting.jobs
+    truth = group_scores(telling, [true_runs], jobs).mean()
+    table = compare(group_scores(choosing, sorted({size for size, _ in possible}), jobs), truth, possible)
+    print(f"{name}: {len(methods)} methods, {len(choosing)} forget sets to choose on with {runs} runs each;")
+    print(f"truth: mean over {len(telling)} others at N = {true_runs}, {truth.min():.4f} to {truth.max():.4f}\n")
     print(table.round(4).to_string(index=False))
     for size, number in sorted(set(asked) - set(possible)):
         print(f"left out: {size} x {number}, which needs {size} kept runs")

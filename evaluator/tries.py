@@ -2,23 +2,20 @@
 
 import dataclasses
 import json
-import math
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import NamedTuple
 
 import pandas as pd
 import torch
 from matplotlib.figure import Figure
 
 from evaluator import report, scoring
-from evaluator.data import Data
+from evaluator.comparison import Comparison, compare
 from evaluator.evaluation import Evaluation
 from evaluator.files import Problem, read_json, write_csv
 from evaluator.intervals import Interval, difference, half_samples
 from evaluator.method import Method
-from evaluator.metric import forgetting_quality
 from evaluator.pool import Pool
 
 TEXTS = ("date", "method", "changes", "kept in", "config")
@@ -26,20 +23,6 @@ COLUMNS = (
     *("try", "date", "method", "changes", "N", "score", "F", "RA_U/RA_R", "TA_U/TA_R", "share of retraining cost"),
     *("kept in", "config"),
 )
-
-
-class Comparison(NamedTuple):
-    """What changed from one try to another. What an example's epsilon earns, averaged over the examples, is F."""
-
-    score: Interval  # of the second minus the first
-    better: int  # forget examples that earn more in the second
-    worse: int
-    examples: pd.DataFrame  # all forget examples, the most changed first
-
-    def __str__(self) -> str:
-        value, low, high = self.score
-        known = "too few runs for an interval" if math.isnan(low) else f"95% interval {low:+.4f} to {high:+.4f}"
-        return f"score {value:+.4f} ({known}); {self.better} of {len(self.examples)} examples better, {self.worse} worse"
 
 
 @dataclass(frozen=True)
@@ -61,7 +44,7 @@ class Tries:
         if not self.file.exists():
             return pd.DataFrame(columns=COLUMNS)
         try:
-            table = pd.read_csv(self.file, dtype=dict.fromkeys(TEXTS, str), float_precision="round_trip")
+            table = pd.read_csv(self.file, dtype=dict.fromkeys(TEXTS, str))
         except (OSError, ValueError) as error:
             raise Problem(f"{self.file}: not a readable table; delete it to begin a new one") from error
         missing = {"try", "kept in", "N"} - set(table)
@@ -77,7 +60,7 @@ class Tries:
             summary = self.evaluation.score(dataclasses.replace(method, name="tuning"))
             table = self.table
             row = {
-                "try": len(table) + 1,
+                "try": max(table["try"], default=0) + 1,
                 "date": datetime.now(UTC).isoformat(timespec="seconds"),
                 "method": method.name,
                 "changes": ", ".join(f"{name} = {value}" for name, value in changes.items()) or "none",
@@ -91,7 +74,8 @@ class Tries:
                 "config": json.dumps(method.config),
             }
             rows = table.to_dict("records")
-            if not rows or any(rows[-1][name] != row[name] for name in ("kept in", "N", "score")):
+            same = rows and all(rows[-1][name] == row[name] for name in ("kept in", "N"))
+            if not same or abs(rows[-1]["score"] - row["score"]) > 1e-9:  # CSV may lose the last digit
                 write_csv(self.file, pd.DataFrame([*rows, row], columns=list(table)))
         return summary
 
@@ -106,36 +90,32 @@ class Tries:
         """The numbers of the last tries at this N, at most two."""
         return self.table.query(f"N == {self.evaluation.runs}")["try"].tail(2).tolist()
 
-    def compare(self, first: int, second: int) -> Comparison:
-        """Two tries by their numbers, example by example. Raises Problem when there is no such try, the two have different
-        numbers of runs, or their runs are no longer kept or were made of other data."""
+    def compare(self, first: int, second: int) -> tuple[Interval, Comparison]:
+        """Two tries by their numbers: the score of the second minus that of the first, and the two example by example.
+
+        Raises Problem when they are one try or there is no such try, they have different numbers of runs, or their runs are
+        no longer kept or were made of other data.
+        """
         table = self.table.set_index("try")
         for number in (first, second):
             if number not in table.index:
                 raise Problem(f"{self.file}: no try {number}; there are {', '.join(map(str, table.index)) or 'none'}")
-        runs, other = table.N[[first, second]]
+        if first == second:
+            raise Problem(f"{self.file}: try {first} cannot be compared with itself")
+        runs, other = table.N[[first, second]].tolist()
         if runs != other:
             raise Problem(
                 f"{self.file}: try {first} has N = {runs}, try {second} N = {other}: such scores cannot be compared; "
                 "make one of them again with the other's runs"
             )
         data = self.evaluation.data
-        retrained = dataclasses.replace(self.evaluation, runs=int(runs)).retrained().load(range(runs))
-        pools = [self._runs(number, kept, runs) for number, kept in table["kept in"][[first, second]].items()]
+        retrained = dataclasses.replace(self.evaluation, runs=runs).retrained().load(range(runs))
+        pools = [self._runs(number, table["kept in"][number], runs) for number in (first, second)]
         (before, old), (after, new) = (scoring.score(pool, retrained, data) for pool in pools)
-        draws = [half_samples(_asked(pool, data), _asked(retrained, data))["score"] for pool in pools]
-        examples = old[["image_id", "age_group"]].assign(
-            **{f"epsilon, try {first}": old.epsilon, f"epsilon, try {second}": new.epsilon},
-            **{f"earns, try {first}": _earned(old.epsilon, runs), f"earns, try {second}": _earned(new.epsilon, runs)},
-        )
-        change = _earned(new.epsilon, runs) - _earned(old.epsilon, runs)
-        most = pd.DataFrame({"earned": change.abs(), "epsilon": (new.epsilon - old.epsilon).abs()})
-        return Comparison(
-            difference(after["score"], draws[1], before["score"], draws[0]),
-            int((change > 0).sum()),
-            int((change < 0).sum()),
-            examples.loc[most.sort_values(["earned", "epsilon"], ascending=False, kind="stable").index],
-        )
+        kept, *tried = ({"confidences": scoring.confidences(pool, data), **pool} for pool in (retrained, *pools))
+        earlier, later = (half_samples(side, kept)["score"] for side in tried)
+        change = difference(after["score"], later, before["score"], earlier)
+        return change, compare(old, new, (f"try {first}", f"try {second}"), runs)
 
     def figures(self) -> list[Figure]:
         """Confidences on the forget and on the retain set, and epsilon: of the last two tries at this N."""
@@ -174,12 +154,3 @@ class Tries:
             if made_from.get(name) != value:
                 raise Problem(f"{self.file}: try {number} was made with other {name}; delete the file to begin a new table")
         return pool.load(range(runs))
-
-
-def _asked(pool: dict[str, torch.Tensor], data: Data) -> dict[str, torch.Tensor]:
-    return {"confidences": scoring.confidences(pool, data), "ra": pool["ra"], "ta": pool["ta"]}
-
-
-def _earned(epsilon: pd.Series, runs: int) -> pd.Series:
-    """What each example adds to F, times their number."""
-    return epsilon.map(lambda value: forgetting_quality(torch.tensor([value]), runs))

@@ -19,6 +19,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from torch import nn
+
 from evaluator import command
 from evaluator.evaluation import HERE, Evaluation
 from evaluator.files import Problem, read_json, write_json
@@ -67,10 +69,10 @@ def tune(evaluations: Sequence[Evaluation], method: Method, trials: int = TRIALS
     """Search until `trials` settings within the cost limit are scored: the mean over some forget sets of one data set, each
     with as many runs as its evaluation has. The best few are scored again with more runs, and the best of those is taken.
 
-    A setting over the limit of 20% of a retraining, or with which a network diverges on any forget set, is rejected without
-    a score; there may be twice as many of those. The first setting has the Config's defaults, so that no method starts from
-    values found earlier. Trials are kept under results/<data>/<first split>/tuning, and an interrupted search resumes there.
-    Returns what `write` puts into methods/tuned/<data>.json.
+    A setting over the limit of 20% of a retraining (measured on the first forget set), or with which a network diverges on
+    any of them, is rejected without a score; there may be twice as many of those. The first setting has the Config's
+    defaults, so that no method starts from values found earlier. Trials are kept under results/<data>/<first split>/tuning,
+    and an interrupted search resumes there. Returns what `write` puts into methods/tuned/<data>.json.
     """
     with evaluations[0].alone():
         study = _study(evaluations, method)
@@ -211,16 +213,17 @@ def scores(evaluations: Sequence[Evaluation], method: Method) -> dict[str, float
 
     Raises Diverged when a network diverges on any of them, and Problem naming the split.
     """
-    return {evaluation.data.split: _score(evaluation, method) for evaluation in evaluations}
+    original = evaluations[0].original()  # the same under every split
+    return {evaluation.data.split: _score(evaluation, original, method) for evaluation in evaluations}
 
 
-def _score(evaluation: Evaluation, method: Method) -> float:
+def _score(evaluation: Evaluation, original: nn.Module, method: Method) -> float:
     data, runs = evaluation.data, range(evaluation.runs)
     retrained = evaluation.retrained().load(runs)
     with tempfile.TemporaryDirectory() as folder:
         setting = dataclasses.replace(evaluation.setting, results=Path(folder))
         try:
-            unlearned = unlearned_pool(setting, data, evaluation.recipe, evaluation.original(), method, len(runs))
+            unlearned = unlearned_pool(setting, data, evaluation.recipe, original, method, len(runs))
             return score(unlearned.load(runs), retrained, data)[0]["score"]
         except Diverged:
             raise

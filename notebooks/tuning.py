@@ -27,6 +27,7 @@ from IPython.display import display
 kit = next(folder for folder in [Path.cwd(), *Path.cwd().parents] if (folder / "evaluate.py").exists())
 sys.path.insert(0, str(kit))
 from evaluator.evaluation import Evaluation
+from evaluator.intervals import verdict
 from evaluator.tries import Tries
 
 # A test of this notebook sets TUNING_ variables: few runs, small data.
@@ -40,13 +41,14 @@ display(tries.overview())
 # `tries.table` is a pandas DataFrame with every value: sort and search it as such. `json.loads` of a try's `config` gives
 # the `changes` that make it again. Next, the last two tries with this number of runs: the change of the score, and the
 # forget examples that changed most (epsilon: how well the best attack tells unlearned from retrained; earns: what that is
-# worth, 1 at best). An interval that contains 0 means that the change may be noise. `tries.compare(1, 3)` compares others.
+# worth, 1 at best). `tries.compare(1, 3)` compares others.
 
 # %%
 last = tries.last_two()
 if len(last) == 2:
-    comparison = tries.compare(*last)
-    print(f"from try {last[0]} to try {last[1]}: {comparison}")
+    change, comparison = tries.compare(*last)
+    print(verdict(f"try {last[1]}", f"try {last[0]}", change, 1, runs))
+    print(f"try {last[1]} against try {last[0]}: {comparison}")
     display(comparison.examples.head(10).round(4))
 
 # %% [markdown]

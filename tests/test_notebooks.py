@@ -238,8 +238,8 @@ def test_the_tuning_notebook_shows_a_try_beside_the_one_before(digits, tmp_path)
     assert len(pictures(again)) == 4
     texts = [json.dumps(cell.get("outputs", [])) for cell in again.cells]
     assert any("best at this N" in text for text in texts)
-    assert any("from try 1 to try 2: score" in text and "epsilon, try 2" in text for text in texts)
-    assert not any("from try" in json.dumps(cell.get("outputs", [])) for cell in first.cells)
+    assert any("try 2 against try 1: " in text and "epsilon, try 2" in text for text in texts)
+    assert not any("against try" in json.dumps(cell.get("outputs", [])) for cell in first.cells)
     table = (tmp_path / "few_digits" / "public" / "tries.csv").read_text().splitlines()
     assert len(table) == 3
     assert "tensors = 2, noise = 0.0" in table[2]

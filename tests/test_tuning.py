@@ -10,7 +10,6 @@ import numpy as np
 import optuna
 import pandas as pd
 import pytest
-import torch
 
 import evaluate
 from benchmarks import tuning_budget
@@ -18,7 +17,6 @@ from evaluator import tuning
 from evaluator.evaluation import HERE, Evaluation
 from evaluator.files import Problem, write_json
 from evaluator.method import Diverged, Method
-from evaluator.metric import forgetting_quality
 from evaluator.tries import Tries
 
 FILES = [HERE / "unlearning.py", *sorted((HERE / "methods").glob("*.py"))]
@@ -133,16 +131,16 @@ def test_the_mean_over_forget_sets(evaluations, tmp_path):
 
 def test_what_goes_wrong_on_one_forget_set(evaluations, tmp_path):
     """A network that diverges there rejects the setting; any other error ends the search, and names the split."""
-    code = METHOD.format(busy="[0.0]", first=0.0, power="[1.0, 2.0]")
-    where = f"if config.power == 2.0 and len(forget_loader.dataset) == {len(evaluations[1].data.forget)}:"
+    code = METHOD.format(busy="[0.0]", first=0.0, power="[1.0, 2.0, 3.0]")
+    where = f"if config.power == 1.0 and len(forget_loader.dataset) == {len(evaluations[1].data.forget)}:"
     path = tmp_path / "tried.py"
     path.write_text(code.replace("net.eval()", f"net.eval()\n    {where}\n        net.fc.bias.data.fill_(float('nan'))"))
     assert len(evaluations[0].data.forget) != len(evaluations[1].data.forget)
     found = tuning.tune(evaluations, Method.read(path), trials=2)
-    assert found["rejected"] >= 1 and found["config"]["power"] == 1.0 and set(found["scores"]) == {"public", "private"}
+    assert found["rejected"] >= 1 and found["config"]["power"] > 1.0 and set(found["scores"]) == {"public", "private"}
     path.write_text(code.replace("net.eval()", f"net.eval()\n    {where}\n        raise RuntimeError('too much')"))
     with pytest.raises(Problem, match=r"^split private: .*tried\.py: runs? .*too much"):
-        tuning.scores(evaluations, Method.read(path, values={"power": 2.0}))
+        tuning.scores(evaluations, Method.read(path))
 
 
 def test_finalists_that_all_diverge(evaluation, tmp_path, monkeypatch):
@@ -261,11 +259,11 @@ def test_equal_scores_choose_nothing():
 
 @pytest.fixture
 def kept_budget(data, results, monkeypatch) -> list[str]:
-    """Arguments for three methods, tuned, and two forget sets: 6 runs each on public, 8 on private."""
+    """Arguments for three methods, with 4 runs on each of two forget sets."""
     paths = [HERE / "methods" / f"{name}.py" for name in ("finetune", "negrad", "random_labels")]
     monkeypatch.setattr(tuning_budget, "tuned_values", lambda path, name: {})
-    for split, runs in (("public", 6), ("private", 8)):
-        evaluation = Evaluation.of(str(data), split, runs, results, jobs=1, device="cpu")
+    for split in ("public", "private"):
+        evaluation = Evaluation.of(str(data), split, 4, results, jobs=1, device="cpu")
         for path in paths:
             evaluation.unlearned(Method.read(path))
     common = ["--data", str(data), "--results", str(results), "--jobs", "1", "--device", "cpu"]
@@ -274,21 +272,18 @@ def kept_budget(data, results, monkeypatch) -> list[str]:
 
 def test_the_budget_reads_what_is_kept(kept_budget, results, capsys):
     before = sorted(results.rglob("run_*.npz"))
-    assert tuning_budget.main([*kept_budget, "--runs", "4"]) == 0
+    assert tuning_budget.main([*kept_budget, "--runs", "4", "--tune-on", "p*"]) == 0
     printed = capsys.readouterr().out
-    assert "small_digits: 3 methods, 1 forget sets to choose on with 8 runs each" in printed  # a group is made whole
-    assert "1 others at N = 8" in printed
-    assert sorted(results.rglob("run_*.npz")) == before
-    assert tuning_budget.main([*kept_budget, "--runs", "6", "--tune-on", "p*"]) == 0
-    assert "left out: 12 x 1, which needs 12 kept runs" in capsys.readouterr().out
+    assert "small_digits: 3 methods, 2 forget sets to choose on with 4 runs each" in printed
+    assert "1 others at N = 4" in printed and "left out: 8 x 1, which needs 8 kept runs" in printed
     assert tuning_budget.main([*kept_budget, "--runs", "12"]) == 1
     error = capsys.readouterr().err.splitlines()[-1]
-    assert "finetune" in error and "8 of 12 runs are kept; make them with: python evaluate.py" in error
-    assert "--split public --runs 12" in error and sorted(results.rglob("run_*.npz")) == before
+    assert "finetune" in error and "4 of 12 runs are kept; make them with: python evaluate.py" in error
+    assert "--runs 12 --split 'public*'" in error and sorted(results.rglob("run_*.npz")) == before
 
 
-def test_a_budget_needs_methods(kept_budget, capsys):
-    assert tuning_budget.main([*kept_budget[1:], "--runs", "4"]) == 1
+def test_a_budget_needs_methods(data, results, capsys):
+    assert tuning_budget.main([str(HERE / "unlearning.py"), "--data", str(data), "--results", str(results)]) == 1
     assert "a ranking needs at least 3 methods" in capsys.readouterr().err
 
 
@@ -309,7 +304,9 @@ def test_a_try_can_be_made_again(tries, tmp_path):
     assert pd.to_datetime(table.date).dt.tz is not None
     tries.add(tried, json.loads(table.config[0]))
     again = tries.table
-    assert again["kept in"].tolist() == [*table["kept in"], table["kept in"][0]] and again.score[2] == again.score[0]
+    assert again["kept in"].tolist() == [*table["kept in"], table["kept in"][0]] and again.score[2] == pytest.approx(
+        again.score[0]
+    )
     pd.testing.assert_frame_equal(again.head(2), table)  # earlier rows are not rewritten otherwise
 
 
@@ -326,26 +323,21 @@ def test_an_older_table_is_still_read(tries, tmp_path):
 
 def test_two_tries_example_by_example(tries, tmp_path):
     tried = method(tmp_path).path
-    for noise in (1.0, 1e-4, 0.5):
+    for noise in (0.02, 0.1):
         tries.add(tried, {"noise": noise})
-    compared = tries.compare(1, 3)
-    (first, examples), (second, _) = (tries_score(tries, number) for number in (1, 3))
-    assert compared.score.value == pytest.approx(second - first) and len(compared.examples) == len(examples)
-    before, after = compared.examples["earns, try 1"], compared.examples["earns, try 3"]
+    (change, compared), scores = tries.compare(1, 2), tries.table.score
+    assert change.value == pytest.approx(scores[1] - scores[0])
+    assert sorted(compared.examples.image_id) == sorted(tries.evaluation.data.forget.image_ids)
+    before, after = compared.examples["earns, try 1"], compared.examples["earns, try 2"]
     assert (compared.better, compared.worse) == ((after > before).sum(), (after < before).sum())
-    change = (after - before).abs()
-    assert change.is_monotonic_decreasing and compared.better + compared.worse == (change > 0).sum() > 0
-    epsilon = torch.tensor(compared.examples["epsilon, try 1"].to_numpy())
-    assert before.mean() == pytest.approx(forgetting_quality(epsilon, 4))
-    same = tries.compare(2, 2)
-    assert same.score.value == 0 and same.better == same.worse == 0
-    best = tries.overview().set_index("try").best
-    assert best[best != ""].index.tolist() == [int(tries.table.score.argmax()) + 1] or tries.table.score.nunique() < 3
-
-
-def tries_score(tries: Tries, number: int) -> tuple[float, pd.DataFrame]:
-    row = tries.table.set_index("try").loc[number]
-    return row.score, tries.evaluation.data.forget
+    assert (after - before).abs().is_monotonic_decreasing and compared.better + compared.worse > 0
+    for number, column in ((0, before), (1, after)):
+        assert column.mean() == pytest.approx(tries.table.F[number])
+    back, reversed_ = tries.compare(2, 1)
+    assert back.value == -change.value and (reversed_.better, reversed_.worse) == (compared.worse, compared.better)
+    with pytest.raises(Problem, match="try 2 cannot be compared with itself"):
+        tries.compare(2, 2)
+    assert tries.overview().best.eq("* best at this N").tolist() == (scores == scores.max()).tolist()
 
 
 def test_an_interval_needs_runs(evaluation, tmp_path):
@@ -353,13 +345,12 @@ def test_an_interval_needs_runs(evaluation, tmp_path):
     tried = method(tmp_path).path
     for noise in (0.01, 0.05):
         tries.add(tried, {"noise": noise})
-    compared = tries.compare(1, 2)
-    assert compared.score.low <= compared.score.value <= compared.score.high
-    assert "95% interval" in str(compared)
+    change, _ = tries.compare(1, 2)
+    assert change.low <= change.value <= change.high
     few = Tries(evaluation)
     for noise in (0.01, 0.05):
         few.add(tried, {"noise": noise})
-    assert "too few runs for an interval" in str(few.compare(3, 4))
+    assert math.isnan(few.compare(3, 4)[0].low)
     with pytest.raises(Problem, match=r"tries\.csv: try 1 has N = 8, try 3 N = 4: such scores cannot be compared"):
         few.compare(1, 3)
     with pytest.raises(Problem, match=r"tries\.csv: no try 7; there are 1, 2, 3, 4"):
