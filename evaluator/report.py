@@ -121,7 +121,7 @@ def kept(evaluation: Evaluation) -> tuple[list[dict], dict[str, str]]:
     original = network_digest(evaluation.original()) if given else None
     for folder in sorted(evaluation.results.iterdir()):
         a_method = folder.name == NO_UNLEARNING.name or folder.name not in RESERVED
-        if a_method and ((folder / "summary.json").exists() or any(folder.glob("*/made_from.json"))):
+        if a_method and ((folder / "summary.json").exists() or any(folder.glob("*/"))):
             try:
                 summaries.append(_kept_summary(evaluation, folder, retrained, original))
             except Problem as problem:
@@ -133,8 +133,10 @@ def _kept_summary(evaluation: Evaluation, folder: Path, retrained: Pool, origina
     """Raises Problem when it is not one of exactly this evaluation."""
     runs, again = evaluation.runs, "score it again with evaluate.py"
     if not (folder / "summary.json").exists():
-        made = max(len(list(pool.parent.glob("run_*.npz"))) for pool in folder.glob("*/made_from.json"))
-        raise Problem(f"{made} of {runs} runs are made and there is no score yet: {again}, and it goes on from there")
+        made = max(len(list(pool.glob("run_*.npz"))) for pool in folder.glob("*/"))
+        raise Problem(
+            f"{min(made, runs)} of {runs} runs are made and there is no score yet: {again}, and it goes on from there"
+        )
     summary = read_json(folder / "summary.json")
     if not summary:
         raise Problem(f"summary.json is damaged: {again}")

@@ -164,7 +164,7 @@ def test_every_name_is_shown_and_none_is_obeyed(page):
         shown = html.escape(report.printable(name), quote=False).replace("'", "&#39;").replace('"', "&#34;")
         assert f">{shown}</h2>" in page and f"too confident in {shown}" in page.replace("Too", "too")
     (reason,) = re.findall(r"<li><b>half &amp; half</b>: (.*)</li>", page)
-    assert reason.startswith("16 of 16 runs are made and there is no score yet")
+    assert reason.startswith("16 of 16 runs are made, there is no score yet")
 
 
 def test_the_same_results_give_the_same_page(page, scored, data):
@@ -222,8 +222,16 @@ def began_elsewhere(folder: Path) -> None:
     changed(folder, unlearned=pool.folder.name)
 
 
+def half_finished(folder: Path) -> None:
+    (folder / "summary.json").unlink()
+    next(folder.glob("*/made_from.json")).unlink()
+    for path in folder.glob("*/run_*[02468].npz"):
+        path.unlink()
+
+
 LEFT_OUT = {
     "no score yet": (lambda folder: (folder / "summary.json").unlink(), "16 of 16 runs are made"),
+    "half of the runs": (half_finished, "8 of 16 runs are made"),
     "a summary cut off": (lambda folder: damage(folder / "summary.json"), "summary.json is damaged"),
     "a table cut off": (lambda folder: damage(folder / "examples.csv"), "is damaged or was edited"),
     "no table": (lambda folder: (folder / "examples.csv").unlink(), "is damaged or was edited"),
@@ -359,6 +367,9 @@ def test_the_command_sets_every_value_of_the_config(one):
     ).split(" ")
     given = summary_of(folder) | {"config": {}, "path": "a b.zip"}
     assert report.command_line(evaluation, given).startswith("python evaluate.py --checkpoints 'a b.zip' --data")
+    assert " --attacks --set" in report.command_line(evaluation, summary_of(folder) | {"attacks": {"AUC": 0.5}}).replace(
+        f" --results {evaluation.setting.results}", ""
+    )
     nothing = given | {"method": "no_unlearning", "path": "None"}
     assert report.command_line(evaluation, nothing).startswith("python evaluate.py --data")
 
