@@ -21,7 +21,7 @@ from typing import NamedTuple
 import joblib
 import numpy as np
 import pandas as pd
-from scipy.stats import spearmanr
+from scipy.stats import rankdata
 
 from evaluator import command
 from evaluator.data import Data, splits
@@ -35,7 +35,7 @@ from evaluator.training import one_thread
 from evaluator.tuning import RUNS, tuned_values
 
 FORGET_SETS = (1, 2, 3, 4, 6)
-DRAWS = 500
+DRAWS = 10_000
 
 
 def ways(runs: int, forget_sets: int) -> list[tuple[int, int]]:
@@ -93,38 +93,42 @@ def _score(data: Data, retrained: Pool, name: str, unlearned: Pool, runs: range)
     return len(runs), data.split, runs.start // len(runs), name, found
 
 
-def trial(scores: pd.DataFrame, truth: pd.Series, forget_sets: int, draw: np.random.Generator) -> tuple[float, float]:
-    """One draw's rank correlation with the truth, and its loss: best truth - truth of the chosen (the mean of equal ones).
+def judged(scores: np.ndarray, truth: np.ndarray, forget_sets: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Spearman's rank correlation with the truth (0 if all scores are equal) and the loss, best truth - truth of the chosen,
+    where equally good methods share the choice. Each is [DRAWS], for forget sets and groups of runs drawn at random.
 
-    scores: those at one N, [split and group, methods]; truth: [methods].
+    scores: those at one N, [forget sets, groups, methods]; truth: [methods].
     """
-    chosen = draw.choice(scores.index.unique("split"), forget_sets, replace=False)
-    means = np.mean([draw.choice(scores.loc[split].to_numpy()) for split in chosen], axis=0)
-    correlation = spearmanr(means, truth).statistic if np.ptp(means) else 0.0
-    return correlation, truth.max() - truth[means == means.max()].mean()
+    draw, (sets, groups, _) = np.random.default_rng(seed), scores.shape
+    chosen = draw.permuted(np.tile(np.arange(sets), (DRAWS, 1)), axis=1)[:, :forget_sets]
+    means = scores[chosen, draw.integers(groups, size=chosen.shape)].mean(axis=1)  # [draws, methods]
+    ranks, true_ranks = (rankdata(side, axis=-1) - (len(truth) + 1) / 2 for side in (means, truth))
+    norms = np.linalg.norm(ranks, axis=1) * np.linalg.norm(true_ranks)
+    best = means == means.max(axis=1, keepdims=True)
+    return ranks @ true_ranks / np.where(norms > 0, norms, 1), truth.max() - best @ truth / best.sum(axis=1)
 
 
-def compare(scores: pd.DataFrame, truth: pd.Series, asked: Sequence[tuple[int, int]], seed: int = 0) -> pd.DataFrame:
+def compare(scores: pd.DataFrame, truth: pd.Series, asked: Sequence[tuple[int, int]]) -> pd.DataFrame:
     """A row for each (N, number of forget sets). `possible` counts the different draws: with few, ± says little.
 
-    scores: indexed by N, split and group, with a column for each method; truth: [methods].
+    scores: indexed by N, split and group, with a column for each method; truth: indexed by method.
     """
     rows = []
-    for size, forget_sets in asked:
-        of_size, draw = scores.loc[size], np.random.default_rng(seed)
-        found = np.array([trial(of_size, truth[scores.columns], forget_sets, draw) for _ in range(DRAWS)])
-        (correlation, loss), (correlation_sd, loss_sd) = found.mean(0), found.std(0)
-        groups = of_size.groupby("split").size().min()
+    for size, number in asked:
+        of_size = scores.loc[size]
+        sets = len(of_size.index.unique("split"))
+        values = of_size.to_numpy().reshape(sets, -1, scores.shape[1])
+        correlation, loss = judged(values, truth[scores.columns].to_numpy(), number)
         rows.append(
             {
-                "runs": size * forget_sets,
+                "runs": size * number,
                 "N": size,
-                "forget sets": forget_sets,
-                "rank correlation": correlation,
-                "± correlation": correlation_sd,
-                "loss": loss,
-                "± loss": loss_sd,
-                "possible": math.comb(len(of_size.index.unique("split")), forget_sets) * groups**forget_sets,
+                "forget sets": number,
+                "rank correlation": correlation.mean(),
+                "± correlation": correlation.std(),
+                "loss": loss.mean(),
+                "± loss": loss.std(),
+                "possible": math.comb(sets, number) * values.shape[1] ** number,
             }
         )
     return pd.DataFrame(rows)

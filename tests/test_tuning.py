@@ -10,6 +10,7 @@ import numpy as np
 import optuna
 import pandas as pd
 import pytest
+import scipy
 
 import evaluate
 from benchmarks import tuning_budget
@@ -249,6 +250,14 @@ def test_a_budget_without_noise_ranks_perfectly():
 def test_more_forget_sets_rank_better_where_they_differ():
     one, four = tuning_budget.compare(*budget_scores(0.001, 0.05), [(8, 1), (8, 4)]).itertuples()
     assert four[4] > one[4] + 0.1 and four.loss < one.loss
+
+
+def test_the_rank_correlation_is_spearmans():
+    """And the loss that of the highest mean, with one group of each forget set: there is one draw."""
+    scores, truth = budget_scores(0.03, 0.01)
+    found = tuning_budget.judged(scores.to_numpy().reshape(16, 1, 8), truth.to_numpy(), 16)
+    assert np.allclose(found[0], scipy.stats.spearmanr(scores.mean(), truth).statistic)
+    assert np.allclose(found[1], truth.max() - truth[scores.mean().idxmax()])
 
 
 def test_equal_scores_choose_nothing():
