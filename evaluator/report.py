@@ -134,9 +134,7 @@ def _kept_summary(evaluation: Evaluation, folder: Path, retrained: Pool, origina
     runs, again = evaluation.runs, "score it again with evaluate.py"
     if not (folder / "summary.json").exists():
         made = max(len(list(pool.glob("run_*.npz"))) for pool in folder.glob("*/"))
-        raise Problem(
-            f"{min(made, runs)} of {runs} runs are made and there is no score yet: {again}, and it goes on from there"
-        )
+        raise Problem(f"{min(made, runs)} of {runs} runs are made, there is no score yet: {again}; it goes on from there")
     summary = read_json(folder / "summary.json")
     if not summary:
         raise Problem(f"summary.json is damaged: {again}")
@@ -547,18 +545,11 @@ def command_line(evaluation: Evaluation, summary: dict) -> str:
         words += ["--checkpoints", summary["path"]]
     elif summary["method"] != NO_UNLEARNING.name:
         words.append(summary["path"])
-    words += [
-        "--data",
-        where,
-        "--split",
-        evaluation.data.split,
-        "--runs",
-        str(summary["runs"]),
-        "--device",
-        summary["device"],
-    ]
+    words += ["--data", where, "--split", evaluation.data.split]
+    words += ["--runs", str(summary["runs"]), "--device", summary["device"]]
     if evaluation.setting.results != Path("results").absolute():
         words += ["--results", str(evaluation.setting.results)]
+    words += ["--attacks"] if "attacks" in summary else []
     if summary["config"]:
         words += ["--set", *(f"{name}={_literal(value)}" for name, value in summary["config"].items())]
     return shlex.join(words)
