@@ -60,7 +60,7 @@ def evaluate(args) -> list[Evaluation]:
             methods = methods or methods_of(args, evaluation.data.name)
             found.append([scored(evaluation, method, args.attacks) for method in methods])
             ceiling = evaluation.ceiling()
-            page = report.write_page(evaluation)
+            page = report.write_page(evaluation, ceiling)
         tables.append(forget_sets.per_set(found[-1], ceiling))
         if len(splits) > 1:
             print(f"{evaluation.title}: {page}", file=sys.stderr, flush=True)
@@ -81,7 +81,7 @@ def evaluate(args) -> list[Evaluation]:
         print("TA is measured on the validation set: this folder has no test.csv")
     if len(methods) > 1:
         print("", *forget_sets.verdicts(list(zip(*found, strict=True))), sep="\n")
-    print(f"\nfigures, per-example values and {page.name}: {page.parent}")
+    print(f"\nthe page with figures: {page}; per-example values: {page.parent}/*/examples.csv")
     return evaluations
 
 

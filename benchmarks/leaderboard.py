@@ -18,7 +18,8 @@ from matplotlib.figure import Figure
 from scipy.stats import spearmanr
 
 from evaluator import command, forget_sets
-from evaluator.attacks import ATTACKS, rank_correlations
+from evaluator.attacks import ATTACKS
+from evaluator.comparison import rank_correlations, winners
 from evaluator.evaluation import HERE
 from evaluator.files import Problem, read_json, write_atomically, write_csv
 from evaluator.method import NO_UNLEARNING, Method
@@ -151,7 +152,12 @@ def write(args) -> None:
         minutes += sum(pool.load(range(args.runs))["seconds"].sum().item() for pool in pools) / 60
     table = pd.concat(tables)
     means = ranked(table, summaries)
-    judges = rank_correlations(means[means["rank"].notna()].set_index("method")[["score", "forgetting_quality", *ATTACKS]])
+    by_judge = (
+        means[means["rank"].notna()]
+        .set_index("method")
+        .rename(columns={"forgetting_quality": "F"})[["score", "F", *ATTACKS]]
+    )
+    judges = rank_correlations(by_judge)
     folder = evaluation.setting.results / data
     write_csv(folder / "leaderboard.csv", means)
     title = f"{data}: {forget_sets.title(table)}"
@@ -169,6 +175,7 @@ def write(args) -> None:
         picture=picture.relative_to(page.parent),
         agreement=agreement(table),
         judges=markdown(judges.map("{:.2f}".format).reset_index(names=""), 0),
+        winners=winners(by_judge),
         budget=searched,
         minutes=minutes,
         machine=", ".join([processor(), versions()["processor"], f"torch {versions()['torch']}"]),
@@ -176,6 +183,7 @@ def write(args) -> None:
     write_atomically(page, lambda file: file.write(text.encode()))
     print(f"\n{title}\n{shown.to_string(index=False)}\n\nrank correlations between judges")
     print(judges.round(2).to_string())
+    print(f"the best method {winners(by_judge)}")
     print(f"\na ranking on one forget set against the mean of the others: {agreement(table)}")
     print(f"\n{minutes:.0f} minutes of processor time in the kept runs; wrote {page} and {picture}")
 
@@ -215,6 +223,8 @@ Spearman's rank correlation between the rankings of the methods by different jud
 order). The attacks are explained in [`evaluator/attacks.py`]({kit}/evaluator/attacks.py); none of them enters the score.
 
 {judges}
+
+The best method {winners}.
 
 ## How this page was made
 

@@ -13,11 +13,10 @@ import math
 from collections.abc import Callable
 
 import numpy as np
-import pandas as pd
 import torch
 from torch import Tensor
 
-from evaluator.metric import DELTA, LARGEST_EPSILON, _epsilon_table
+from evaluator.metric import DELTA, LARGEST_EPSILON, epsilon_table
 
 FALSE_POSITIVE_RATE = 0.01
 SPLITS = 10  # of the cross-validation, as in the starting kit
@@ -26,7 +25,6 @@ SMALLEST_DEVIATION = 1e-6  # of a fitted normal: the rounding of float32 logits,
 BINS, LARGEST_MARGIN, SMALLEST_SHARE = 20, 100.0, 1e-5  # of KLoM, as in data-unlearning-bench
 CONFIDENCE_LEVEL = 0.95  # of the lower bound
 NUMBERS_AT_ONCE = 2**20  # bounds memory
-HIGHER_IS_BETTER = ("score", "F", "forgetting_quality")  # of a table's judges; for an attack's mean, lower is
 
 
 def auc(unlearned: Tensor, retrained: Tensor) -> Tensor:
@@ -93,7 +91,7 @@ def interval_epsilon(unlearned: Tensor, retrained: Tensor) -> Tensor:
     """
     ours, theirs = _sides(unlearned, retrained)
     edges = _edges(ours, theirs)
-    table = _epsilon_table(ours.shape[1]).to(edges.device)
+    table = epsilon_table(ours.shape[1]).to(edges.device)
     epsilon, _, _ = _best_interval(_below(ours, edges), _below(theirs, edges), table)
     return epsilon.clamp(0, LARGEST_EPSILON)
 
@@ -191,34 +189,6 @@ ATTACKS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 
 
-def rank_correlations(table: pd.DataFrame) -> pd.DataFrame:
-    """Spearman's rank correlation of every two judges; 1 where they put the methods in the same order.
-
-    table: one row per method, one column per judge (score, F, the attacks' means). The signs are turned so that more is
-    better for all. Equal values share their ranks; a method that one of the two does not judge (NaN) is left out. NaN where
-    that leaves fewer than 2 methods, or all of them equal. Raises ValueError when a value is not a number.
-    """
-    return _merits(table).corr(method="spearman", min_periods=2)
-
-
-def winners(table: pd.DataFrame) -> str:
-    """Who wins by which judge, in one line; methods that are equal win together. table: as for `rank_correlations`."""
-    judges = {}
-    for judge, merits in _merits(table).items():
-        best = merits.index[merits == merits.max()]
-        if len(best):
-            judges.setdefault(" and ".join(map(str, best)), []).append(str(judge))
-    if not judges:
-        return "by no judge: no method has a value"
-    if list(judges.values()) == [list(map(str, table.columns))]:
-        return f"by every judge: {next(iter(judges))}"
-    return "; ".join(f"by {', '.join(names)}: {winner}" for winner, names in judges.items())
-
-
-def _merits(table: pd.DataFrame) -> pd.DataFrame:
-    return table.astype(float) * [1.0 if judge in HIGHER_IS_BETTER else -1.0 for judge in table.columns]
-
-
 def _sides(unlearned: Tensor, retrained: Tensor) -> tuple[Tensor, Tensor]:
     """Both sides as float64, [examples, runs]. Raises ValueError when an attack cannot be asked about them."""
     if unlearned.shape != retrained.shape or unlearned.dim() != 2 or len(unlearned) < 2 or not unlearned.numel():
@@ -288,7 +258,7 @@ def _below(side: Tensor, edges: Tensor) -> Tensor:
 def _best_interval(unlearned_below: Tensor, retrained_below: Tensor, table: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The interval left <= confidence < right whose counts have the largest value in the table, whichever kind is positive.
 
-    Counts below each edge: [examples, edges]. table: [(runs+1)²], by true and false positives as `metric._epsilon_table`.
+    Counts below each edge: [examples, edges]. table: [(runs+1)²], by true and false positives as `metric.epsilon_table`.
     Returns the values, [examples], and the indices of the left and right edges, [examples, 1].
     """
     runs = math.isqrt(table.numel()) - 1

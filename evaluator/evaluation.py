@@ -150,7 +150,7 @@ class Evaluation:
 
     def score(self, method: Method | Checkpoints) -> dict:
         """The summary of a method. Makes the runs that are missing, and rewrites summary.json and examples.csv unless they
-        come from exactly these runs and the present scoring code; figures of an earlier summary are removed."""
+        come from exactly these runs and the present scoring code; an earlier page and figures are removed."""
         with self.alone():
             unlearned = self.unlearned(method)
             retrained = self.retrained()
@@ -186,8 +186,8 @@ class Evaluation:
                 "device": self.setting.device,
                 "made_of": made_of,
             }
-            # In this order, no figure or table is ever beside a summary it does not belong to.
-            for old in [folder / "summary.json", *folder.glob("*.png")]:
+            # In this order, no page or table is ever beside a summary it does not belong to.
+            for old in [self.results / "report.html", folder / "summary.json", *folder.glob("*.png")]:
                 old.unlink(missing_ok=True)
             write_csv(folder / "examples.csv", table.assign(**columns))
             write_json(folder / "summary.json", summary | {"checked": _checksum(summary, folder / "examples.csv")})

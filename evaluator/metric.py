@@ -83,7 +83,7 @@ def best_attacks(
         if not side.isfinite().all():
             run, example = (~side.isfinite()).nonzero()[0].tolist()
             raise ValueError(f"the {name} confidence of example {example} in run {run} is {side[run, example].item()}")
-    table = _epsilon_table(runs).to(unlearned.device)
+    table = epsilon_table(runs).to(unlearned.device)
     unlearned = unlearned.double().T.contiguous().sort().values  # [examples, runs]
     retrained = retrained.double().T.contiguous().sort().values
     found = [unlearned.new_empty(3, 0)]  # epsilon, left, right
@@ -140,7 +140,7 @@ def competition_score(forgetting_quality: float, ra_unlearned, ra_retrained, ta_
     return forgetting_quality * (ra_unlearned / ra_retrained) * (ta_unlearned / ta_retrained)
 
 
-def _epsilon_table(runs: int) -> Tensor:
+def epsilon_table(runs: int) -> Tensor:
     """Epsilon of every pair (true positives, false positives): [(runs+1)²]; infinite where the sides are told apart
     without an error, -1 where the threshold is discarded (exactly one error rate is 0)."""
     counts = np.arange(runs + 1) / runs

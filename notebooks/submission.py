@@ -477,7 +477,7 @@ RESULTS = os.environ.get("REHEARSAL_RESULTS")  # else the kit's own
 
 def score_here(kit: Path) -> None:
     sys.path.insert(0, str(kit))
-    from IPython.display import Image, display
+    from IPython.display import display
 
     from evaluator import report
     from evaluator.evaluation import Evaluation
@@ -491,15 +491,18 @@ def score_here(kit: Path) -> None:
         evaluation = Evaluation.of(LOCAL_DATA, runs=LOCAL_RUNS, results=results)
         method = Method.read(results / "notebook.ipynb")
         summary = evaluation.score(method)
-        report.draw_figures(evaluation, method)
+        examples = pd.read_csv(evaluation.results / method.name / "examples.csv")
+        charts = report.charts(summary, examples, *evaluation.pools(method), evaluation.data, evaluation.ceiling())
     except Problem as problem:
         raise SystemExit(str(problem)) from None
     print(
         f"{evaluation.title}: score {summary['score']:.4f}, forgetting quality {summary['forgetting_quality']:.4f}, "
         f"a run costs {summary['fraction_of_retraining']:.0%} of a retraining"
     )
-    for figure in ("forget_confidences.png", "retain_confidences.png"):
-        display(Image(evaluation.results / method.name / figure, width=600))
+    print(summary["diagnosis"])
+    for chart in charts:
+        chart.figure.suptitle(chart.heading)
+        display(chart.figure)
 
 
 kit = next(

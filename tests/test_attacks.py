@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 import torch
 from evaluate_helpers import FINETUNE, run
-from scipy.stats import binomtest, entropy, mannwhitneyu, norm, spearmanr
+from scipy.stats import binomtest, entropy, mannwhitneyu, norm
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score, roc_curve
 from sklearn.model_selection import StratifiedShuffleSplit, cross_val_score
@@ -25,9 +25,7 @@ from evaluator.attacks import (
     interval_epsilon,
     klom,
     logistic_regression,
-    rank_correlations,
     tpr_at_low_fpr,
-    winners,
 )
 from evaluator.evaluation import Evaluation
 from evaluator.method import Method
@@ -314,43 +312,6 @@ def test_every_attack_says_in_a_line_what_it_means():
     for attack in ATTACKS.values():
         first, second, *rest = attack.__doc__.splitlines()
         assert first.endswith(".") and len(first) < 120 and not second and rest
-
-
-# Judges
-
-
-TABLE = pd.DataFrame(
-    {
-        "score": [0.1, 0.05, 0.0, 0.02],
-        "F": [0.1, 0.06, 0.0, 0.02],
-        "AUC": [0.6, 0.7, 0.9, 0.8],
-        "KLoM": [3.0, 0.2, 0.2, 5.0],
-        "U-LiRA": [0.6, np.nan, 0.5, 0.7],
-    },
-    index=["a", "b", "c", "d"],
-)
-
-
-def test_rank_correlations_are_scipys():
-    found = rank_correlations(TABLE)
-    assert found.loc["score", "F"] == found.loc["score", "AUC"] == found.loc["F", "AUC"] == pytest.approx(1)
-    for one, other in itertools.product(TABLE, repeat=2):
-        both = TABLE[[one, other]].dropna().to_numpy()
-        sign = (-1) ** ((one in ("score", "F")) != (other in ("score", "F")))
-        assert found.loc[one, other] == pytest.approx(sign * spearmanr(both[:, 0], both[:, 1]).statistic)
-    assert found.loc["score", "U-LiRA"] == pytest.approx(-0.5)
-    nothing = rank_correlations(TABLE.assign(AUC=0.5, KLoM=[1.0, np.nan, np.nan, np.nan])).loc["score", ["AUC", "KLoM"]]
-    assert nothing.isna().all()
-    assert rank_correlations(TABLE[:1]).isna().all(axis=None)
-    with pytest.raises(ValueError, match="good"):
-        rank_correlations(TABLE.assign(AUC="good"))
-
-
-def test_winners_are_named_by_judge():
-    assert winners(TABLE) == "by score, F, AUC: a; by KLoM: b and c; by U-LiRA: c"
-    assert winners(TABLE[["score", "F"]]) == "by every judge: a"
-    assert winners(TABLE.assign(F=np.nan)[["score", "F"]]) == "by score: a"
-    assert winners(TABLE[:0]) == "by no judge: no method has a value"
 
 
 def test_the_command_prints_them_and_keeps_them(data, results, capsys):

@@ -357,7 +357,7 @@ def test_quality_of_one_epsilon(epsilon, runs, expected):
 
 
 def test_the_largest_finite_epsilon_of_512_runs():
-    table = metric._epsilon_table(512)
+    table = metric.epsilon_table(512)
     assert table[table.isfinite()].max().item() == pytest.approx(6.2364, abs=5e-5)
 
 
