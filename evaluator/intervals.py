@@ -161,7 +161,7 @@ def _samples(unlearned: dict[str, Tensor], retrained: dict[str, Tensor], size: i
 def _around(value: float, draws: Sequence[float]) -> tuple[float, float]:
     # Halves of a sample spread around their mean as full samples do around theirs, for anything like a mean over the runs
     # (Shao and Wu, 1989: the delete-half jackknife). Here halves spread somewhat less, as a few runs can decide which
-    # attack is best; WIDER is from benchmarks/coverage.py.
+    # attack is best; WIDER was chosen on the laws of benchmarks/coverage.py.
     reach = WIDER * float(np.std(draws, ddof=1) * stats.t.ppf((1 + LEVEL) / 2, len(draws) - 1))
     return value - reach, value + reach
 
