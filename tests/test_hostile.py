@@ -391,7 +391,7 @@ def test_a_damaged_search(data, results, tmp_path, monkeypatch):
     journal.parent.mkdir()
     journal.write_text("rubbish\n")
     with pytest.raises(Problem, match=r"bad\.journal: damaged"):
-        tuning.tune(evaluation, Method.read(method(tmp_path, CONFIG)), trials=1)
+        tuning.tune([evaluation], Method.read(method(tmp_path, CONFIG)), trials=1)
     for content in ("", "[]", '{"bad": 3}', '{"bad": {"config": 3}}'):
         (tmp_path / "tuned.json").write_text(content)
         monkeypatch.setattr(tuning, "tuned_file", lambda name: tmp_path / "tuned.json")
