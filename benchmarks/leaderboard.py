@@ -15,7 +15,6 @@ from pathlib import Path
 
 import pandas as pd
 from matplotlib.figure import Figure
-from scipy.stats import spearmanr
 
 from evaluator import command, forget_sets
 from evaluator.attacks import ATTACKS
@@ -84,8 +83,9 @@ def agreement(table: pd.DataFrame) -> str:
     scores = table[~table.method.str.startswith("(")].pivot(index="method", columns="split", values="score")
     if scores.shape[1] < 2:
         return "there is one forget set only"
-    found = [spearmanr(scores[split], scores.drop(columns=split).mean(axis=1)).statistic for split in scores]
-    return f"{min(found):.2f} to {max(found):.2f}, {sum(found) / len(found):.2f} on average"
+    others = {split: scores.drop(columns=split).mean(axis=1) for split in scores}
+    found = pd.Series({split: scores[split].corr(other, method="spearman") for split, other in others.items()})
+    return f"{found.min():.2f} to {found.max():.2f}, {found.mean():.2f} on average"
 
 
 def draw(table: pd.DataFrame, means: pd.DataFrame, path: Path, title: str) -> None:

@@ -33,7 +33,7 @@ from evaluator.metric import BIN_WIDTH, forgetting_quality
 from evaluator.models import network_digest
 from evaluator.pool import FORMAT, Pool
 from evaluator.runs import FIRST_SEED, retrained_pool
-from evaluator.scoring import COST_LIMIT, confidences
+from evaluator.scoring import COMPETITION_RUNS, COST_LIMIT, confidences
 
 UNLEARNED, RETRAINED, GREY = "#d1495b", "#30638e", "#999999"
 LOW, MIDDLE, HIGH = "#3a8ed0", "#9d72c4", "#e2566c"  # of epsilon: seen well on white and on black
@@ -46,7 +46,6 @@ PAGE_STYLE = {
     "svg.hashsalt": "report",  # the same figure is the same text
     **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK),
 }
-COMPETITION_RUNS = 512
 GALLERY = 8  # examples of each end
 THUMBNAIL = 64  # pixels; larger images are made smaller, so that the page stays small
 LARGEST_SHIFT, LARGEST_RATIO = 6.0, 8.0  # of the scatter plot; what lies beyond is drawn at its edge

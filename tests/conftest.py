@@ -37,13 +37,13 @@ def prepare() -> ModuleType:
 
 @pytest.fixture(scope="session")
 def small_digits(prepare, tmp_path_factory) -> Path:
-    """The first 300 digits, as if 7 people had written them, and a recipe of one epoch: two forget sets of some 30 images.
+    """The first 300 digits, as if 7 people had written them, and a recipe of one epoch: three forget sets of some 30 images.
     Copy the folder before changing it."""
     folder = tmp_path_factory.mktemp("data") / "small_digits"
     recipe = prepare.RECIPE | {"width": 4, "small_images": True, "epochs": 1, "networks_at_once": 4}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(prepare, "WRITERS", 42)
-        prepare.prepare_digits(folder, writers={"public": 0, "private": 1}, recipe=recipe, keep=300)
+        prepare.prepare_digits(folder, writers={"public": 0, "private": 1, "private-2": 2}, recipe=recipe, keep=300)
     return folder
 
 
@@ -78,7 +78,7 @@ def data(small_digits) -> Path:
 def pools(data, tmp_path_factory) -> Path:
     """Results with 16 retrained networks of each split, and what is worked out once about them. Not to be changed."""
     folder = tmp_path_factory.mktemp("pools")
-    for split in ("public", "private"):
+    for split in ("public", "private", "private-2"):
         Evaluation.of(str(data), split, 16, folder, jobs=1, device="cpu").retrained()
         evaluation = Evaluation.of(str(data), split, 4, folder, jobs=1, device="cpu")
         evaluation.ceiling()

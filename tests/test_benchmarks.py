@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 
 from benchmarks import ladder, leaderboard
-from evaluator import tuning
+from evaluator import forget_sets, tuning
 from evaluator.evaluation import HERE, Evaluation
 from evaluator.files import Problem, write_json
 from evaluator.method import NO_UNLEARNING, Method
@@ -76,18 +76,19 @@ def page(arguments, results, tmp_path) -> Page:
 def test_the_leaderboard(page, capsys):
     text, table = page.page.read_text(), pd.read_csv(page.table)
     assert table["rank"].dropna().tolist() == [1, 2, 3]
-    assert table["private score"].is_monotonic_decreasing
+    assert table.score.is_monotonic_decreasing
     assert "| (ceiling, estimated) |" in text and "2 at N = 4" in text
-    for split, column in (("public", "public score"), ("private", "private score")):
-        for name in ("finetune", "negrad", "no_unlearning"):
-            summary = json.loads((page.table.parent / split / name / "summary.json").read_text())
-            assert table.set_index("method")[column][name] == pytest.approx(summary["score"])
-    over = table[table["share of retraining cost"] > 0.2].method
+    assert "2 forget sets (private, private-2)" in text
+    for name in ("finetune", "negrad", "no_unlearning"):
+        paths = [page.table.parent / split / name / "summary.json" for split in ("private", "private-2")]
+        scores = [json.loads(path.read_text())["score"] for path in paths]
+        assert table.set_index("method").score[name] == pytest.approx(sum(scores) / 2)
+        assert f"| {name} | {scores[0]:.4f} | {scores[1]:.4f} |" in text
+    over = table[table.fraction_of_retraining > 0.2].method
     for name in over:  # marked, not dropped
-        (row,) = (line for line in text.splitlines() if f"| {name} |" in line)
-        assert "over" in row
+        assert "over" in next(line for line in text.splitlines() if f"| {name} |" in line)
     assert (page.page.parent / "docs" / "leaderboard.png").read_bytes().startswith(b"\x89PNG")
-    assert "public and private, N = 4" in text
+    assert all(f"| {judge} |" in text for judge in ("score", "KLoM", "U-LiRA"))
     # A page that was not asked for is not replaced: `make leaderboard RUNS=64` once overwrote the kit's own.
     kits = [HERE / "RESULTS.md", HERE / "docs" / "leaderboard.png"]
     before = [path.read_bytes() for path in kits]
@@ -100,7 +101,7 @@ def test_the_leaderboard(page, capsys):
 
 def test_unequal_budgets_are_refused_before_any_work(arguments, tmp_path, monkeypatch, capsys):
     write_json(tmp_path / "tuned.json", {"finetune": {"trials": "2 at N = 4"}, "negrad": {"trials": "9 at N = 4"}})
-    monkeypatch.setattr(leaderboard, "scores", lambda *_: pytest.fail("it began to work"))
+    monkeypatch.setattr(Evaluation, "score", lambda *_: pytest.fail("it began to work"))
     assert leaderboard.main(arguments) == 1
     assert "the methods had different budgets" in capsys.readouterr().err
 
@@ -120,8 +121,19 @@ def test_every_method_is_in_the_leaderboard():
 
 
 def test_over_the_limit_is_marked():
-    table = pd.DataFrame({"share of retraining cost": [0.1, 0.21, float("nan")]})
-    for name in ("F", "RA_U/RA_R", "TA_U/TA_R", "private score", "public score", "published", "s/run", "of ceiling"):
-        table[name] = 0.5
-    table["rank"] = pd.Series([1, 2, None], dtype="Int64")
+    table = pd.DataFrame({"method": ["a", "b", "(ceiling)"], "fraction_of_retraining": [0.1, 0.21, float("nan")]})
+    values = ("score", "standard_error", "low", "high", "of_ceiling", "forgetting_quality", "published")
+    table = table.assign(**dict.fromkeys((*values, *forget_sets.ACCURACIES), 0.5))
+    table = table.assign(rank=pd.array([1, 2, None], "Int64"), group=pd.array([1, 1, None], "Int64"))
     assert leaderboard.as_text(table)["share of retraining cost"].tolist() == ["10%", "21% **over**", ""]
+
+
+def test_how_well_one_set_ranks_the_methods():
+    scores = {"private": [1, 2, 3], "private-2": [1, 2, 3], "private-3": [3, 1, 2]}
+    tables = [
+        pd.DataFrame({"method": ["a", "b", "c", "(ceiling, estimated)"], "split": split, "score": [*values, 9]})
+        for split, values in scores.items()
+    ]
+    # Each of the first two against (2, 1.5, 2.5), the third against (1, 2, 3).
+    assert leaderboard.agreement(pd.concat(tables)) == "-0.50 to 0.50, 0.17 on average"
+    assert leaderboard.agreement(tables[0]) == "there is one forget set only"

@@ -24,8 +24,9 @@ from PIL.PngImagePlugin import PngInfo
 from sklearn.datasets import load_digits
 from torch.utils.data import DataLoader, RandomSampler
 
-from evaluator.data import COLUMNS, TENSORS, Data, Examples, Loader, _read_image, load
+from evaluator.data import COLUMNS, TENSORS, Data, Examples, Loader, _read_image, load, splits
 from evaluator.files import Problem
+from evaluator.training import Recipe
 
 # Preparing.
 
@@ -101,8 +102,39 @@ def test_splits(digits):
     assert len(public.validation) == len(public.test) == 179
 
 
-def test_small_digits_have_two_splits_too(small_digits):
-    for split in ("public", "private"):
+def test_twelve_writers_are_forget_sets(digits):
+    names = {kind: splits(digits, f"{kind}*") for kind in ("public", "private")}
+    assert names == {kind: [kind, *(f"{kind}-{number}" for number in range(2, 7))] for kind in names}
+    loaded = [load(digits, split) for split in (*names["public"], *names["private"])]
+    assert all(data.train.equals(loaded[0].train) for data in loaded)
+    writers = [set(data.forget.person_id.tolist()) for data in loaded]
+    assert all(len(writer) == 1 for writer in writers) and len(set.union(*writers)) == 12
+    assert all(103 <= len(data.forget) <= 121 for data in loaded)
+    # A last batch of one image is more than batch norm can train on.
+    assert all(len(data.forget) % Recipe.of(data).batch_size > 1 for data in loaded)
+
+
+def test_names_and_patterns_of_splits(tmp_path):
+    for name in ("private", "private-10", "private-2", "public"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "retain.csv").touch()
+    (tmp_path / "images").mkdir()
+    assert splits(tmp_path, "private*") == ["private", "private-2", "private-10"]
+    assert splits(tmp_path, "*") == ["private", "private-2", "private-10", "public"]
+    assert splits(tmp_path, "private-?") == ["private-2"]
+    assert splits(tmp_path, "anything") == ["anything"]  # `load` says whether there is such a split
+    with pytest.raises(Problem, match=r"no split matches 'x.'; there are: 'private', 'private-2', 'private-10', 'public'"):
+        splits(tmp_path, "x*")
+    with pytest.raises(Problem, match="no such data folder"):
+        splits(tmp_path / "nowhere", "*")
+    kaggle = tmp_path / "kaggle"
+    kaggle.mkdir()
+    (kaggle / "retain.csv").touch()
+    assert splits(kaggle, "private*") == ["kaggle"]
+
+
+def test_small_digits_have_splits_too(small_digits):
+    for split in ("public", "private", "private-2"):
         data = load(small_digits, split)
         assert len(data.forget) >= 30 and len(data.retain) >= 150 and len(data.test) == 30
 

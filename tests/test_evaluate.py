@@ -101,8 +101,10 @@ def test_networks_asked_for_later(data, method, tmp_path):
 
 def test_no_method_is_unlearning_py_beside_the_baselines(data, tmp_path, capsys):
     assert run(data, tmp_path, runs=4) == 0
-    rows = [line.split()[0] for line in capsys.readouterr().out.splitlines() if re.search(r"0\.\d{4}", line)]
+    printed = capsys.readouterr().out
+    rows = [line.split()[0] for line in printed.splitlines() if re.search(r" +0\.\d{4} +\d+% ", line)]
     assert rows == ["no_unlearning", "finetune", "negrad", "unlearning", "(ceiling,"]
+    assert printed.count("too few runs or forget sets") == 3  # the best one against each of the others
 
 
 def test_a_second_pool_measures_the_ceiling(data, method, tmp_path, capsys):
@@ -111,6 +113,101 @@ def test_a_second_pool_measures_the_ceiling(data, method, tmp_path, capsys):
     pools = [sorted(tmp_path.rglob(f"{kind}/*/run_*.npz")) for kind in ("retrained", "retrained_again")]
     first, again = ([np.load(path)["forget_logits"].tobytes() for path in pool] for pool in pools)
     assert len(first) == len(again) == 4 and not set(first) & set(again)
+
+
+# Several forget sets, comparisons, and the page alone
+
+
+def test_every_private_forget_set(data, results, method, capsys):
+    assert run(data, results, method, FINETUNE, "--split", "private*") == 0
+    printed = capsys.readouterr().out
+    assert "2 forget sets (private, private-2) of" in printed and "4 runs" in printed
+    folder = results / "small_digits"
+    summaries = {
+        (split, name): json.loads((folder / split / name / "summary.json").read_text())
+        for split in ("private", "private-2")
+        for name in ("noisy", "finetune")
+    }
+    table = pd.read_csv(folder / "private_scores.csv").set_index(["split", "method"])
+    for key, summary in summaries.items():
+        assert summary["score"] == pytest.approx(table.score[key])
+    for name in ("noisy", "finetune"):
+        first, second = (summaries[split, name]["score"] for split in ("private", "private-2"))
+        (row,) = (line for line in printed.splitlines() if line.startswith(f"{name} ") and "±" in line)
+        assert f"{(first + second) / 2:.4f} ± {abs(first - second) / 2:.4f}" in row
+    assert (folder / "private" / "report.html").exists() and (folder / "private-2" / "report.html").exists()
+    assert "2 forget sets, at least 4 are needed" in printed
+    before = times(results)
+    assert run(data, results, method, FINETUNE, "--split", "private*") == 0
+    assert times(results) == before and capsys.readouterr().out == printed
+
+
+def test_a_stop_between_forget_sets_loses_nothing(data, results, tmp_path, capsys):
+    """What fails on the second set is made there alone the next time."""
+    path = tmp_path / "noisy.py"
+    path.write_text(METHOD + "    if int(forget_loader.dataset.person_id[0]) == 2: raise ValueError('this set')\n")
+    line = refused(capsys, run(data, results, path, "--split", "private*"))
+    assert "this set" in line and (results / "small_digits" / "private" / "noisy" / "summary.json").exists()
+    assert not (results / "small_digits" / "private_scores.csv").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["--split", "secret*"], "no split matches 'secret*'; there are: 'private', 'private-2', 'public'"),
+        (["compare", FINETUNE], "compare needs two METHODs, not 1"),
+        (["compare", FINETUNE, FINETUNE, FINETUNE], "compare needs two METHODs, not 3"),
+        (["compare", FINETUNE, FINETUNE], "have the same name"),
+        (["report", FINETUNE], "leave out"),
+        (["--checkpoints", "submission.zip", "--split", "private*"], "a submission is for one forget set"),
+    ],
+)
+def test_what_several_sets_and_comparisons_cannot_be_asked(data, results, capsys, arguments, named):
+    before = sorted(results.rglob("*.*"))
+    assert named in refused(capsys, run(data, results, *arguments))
+    assert sorted(results.rglob("*.*")) == before
+
+
+def test_compare(data, results, method, capsys):
+    assert run(data, results, "compare", method, FINETUNE, runs=16) == 0
+    printed = capsys.readouterr().out
+    folder = results / "small_digits" / "public"
+    table = pd.read_csv(folder / "compare_noisy_finetune.csv")
+    tables = {name: pd.read_csv(folder / name / "examples.csv").set_index("image_id") for name in ("noisy", "finetune")}
+    for name, other in tables.items():
+        assert table.set_index("image_id")[f"epsilon, {name}"].to_dict() == pytest.approx(other.epsilon.to_dict())
+        summary = json.loads((folder / name / "summary.json").read_text())
+        assert table[f"earns, {name}"].mean() == pytest.approx(summary["forgetting_quality"])
+    better = (table["earns, finetune"] > table["earns, noisy"]).sum()
+    assert f"finetune against noisy: {better} of {len(table)} examples earn more" in printed
+    assert "on this forget set" in printed and "95% interval" in printed
+
+
+def test_error_bars_and_reasons_are_kept(undisturbed, data):
+    """12 runs are enough for half-samples, and too few to project."""
+    folder = undisturbed / "small_digits" / "public" / "finetune"
+    summary = json.loads((folder / "summary.json").read_text())
+    low, high = summary["score_interval"]
+    assert 0 <= low <= summary["score"] <= high and len(summary["half_samples"]["score"]) == 16
+    assert set(summary["what_if"]) == {"medians", "spreads", "both"} and summary["diagnosis"]
+    assert "projected_512" not in summary
+    table = pd.read_csv(folder / "examples.csv")
+    difference = (table.unlearned_median - table.retrained_median) / table.retrained_std
+    assert table["shift"].to_numpy() == pytest.approx(difference.to_numpy(), rel=1e-6)
+    ratio = table.unlearned_std.clip(lower=0.01) / table.retrained_std  # 0.01 is the metric's resolution
+    assert table.spread_ratio.to_numpy() == pytest.approx(ratio.to_numpy(), rel=1e-6)
+
+
+def test_the_page_alone(data, results, method, capsys):
+    folder = results / "small_digits" / "public"
+    assert run(data, results, method, runs=4) == 0
+    page = folder / "report.html"
+    before = page.read_text()
+    page.unlink()
+    runs = times(results)
+    assert run(data, results, "report", runs=4) == 0
+    assert page.read_text() == before and times(results) == runs
+    assert str(page) in capsys.readouterr().out
 
 
 # The same result whatever happens on the way
