@@ -13,6 +13,7 @@ change of data, recipe, code or hyperparameters affects.
 """
 
 import ast
+import re
 import sys
 from pathlib import Path
 
@@ -54,27 +55,26 @@ def evaluate(args) -> list[Evaluation]:
     if args.checkpoints and len(splits) > 1:
         raise Problem(f"--split {args.split}: a submission is for one forget set; name one of {', '.join(splits)}")
     evaluations = [command.evaluation(args, split=split) for split in splits]
-    methods, found, tables = [], [], []
+    methods, found, ceilings = [], [], []  # the last two for each forget set
     for evaluation in evaluations:
         with evaluation.alone():
             methods = methods or methods_of(args, evaluation.data.name)
             found.append([scored(evaluation, method, args.attacks) for method in methods])
-            ceiling = evaluation.ceiling()
-            page = report.write_page(evaluation, ceiling)
-        tables.append(forget_sets.per_set(found[-1], ceiling))
-        if len(splits) > 1:
-            print(f"{evaluation.title}: {page}", file=sys.stderr, flush=True)
-    table = pd.concat(tables)
+            ceilings.append(evaluation.ceiling())
+            page = report.write_page(evaluation, ceilings[-1])
+        print(f"{evaluation.title}: {page}", file=sys.stderr, flush=True)
+    attacks = list(found[0][0].get("attacks", {}))
     if len(splits) == 1:
-        print(f"\n{evaluation.title}\n{report.score_table(found[0], ceiling).to_string(index=False)}")
+        scores = report.score_table(found[0], ceilings[0])
+        print(f"\n{evaluation.title}\n{scores.drop(columns=attacks).to_string(index=False)}")
     else:
-        file = (
-            evaluation.setting.results
-            / evaluation.data.name
-            / f"{args.split.replace('*', '').strip('-') or 'all'}_scores.csv"
-        )
-        write_csv(file, table)
-        print(f"\n{forget_sets.title(table)}\n{forget_sets.as_text(forget_sets.over_sets(table)).to_string(index=False)}")
+        table = pd.concat(map(forget_sets.per_set, found, ceilings))
+        name = re.sub(r"[^A-Za-z0-9._-]+", "", args.split).strip("-") or "all"
+        write_csv(evaluation.results.parent / f"{name}_scores.csv", table)
+        scores = forget_sets.over_sets(table)
+        print(f"\n{forget_sets.title(evaluation.data.name, table)}\n{forget_sets.as_text(scores).to_string(index=False)}")
+    if attacks:
+        print(f"\n{scores[['method', *attacks]].round(3).to_string(index=False)}")
     if found[0][0]["original"] == "given":
         print(f"the original network is the one given in {evaluation.data.folder}; the kit did not train it")
     if evaluation.data.test is None:

@@ -160,7 +160,7 @@ def write(args) -> None:
     judges = rank_correlations(by_judge)
     folder = evaluation.setting.results / data
     write_csv(folder / "leaderboard.csv", means)
-    title = f"{data}: {forget_sets.title(table)}"
+    title = forget_sets.title(data, table)
     page = args.page or folder / "RESULTS.md"
     picture = page.parent / ("docs" if args.page else "") / "leaderboard.png"
     draw(table, means, picture, f"{data}, {table.split.nunique()} private forget sets, {args.runs} runs")

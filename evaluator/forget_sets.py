@@ -53,10 +53,10 @@ def over_sets(table: pd.DataFrame) -> pd.DataFrame:
     return means.assign(of_ceiling=means.score / ceiling).join(errors).reset_index()
 
 
-def title(table: pd.DataFrame) -> str:
+def title(data: str, table: pd.DataFrame) -> str:
     """What the scores of `per_set` are on, in words."""
     sizes = table.groupby("split", sort=False).forget_examples.first()
-    which = f"{len(sizes)} forget sets ({', '.join(sizes.index)})"
+    which = f"{data}: {len(sizes)} forget sets ({', '.join(sizes.index)})"
     return f"{which} of {sizes.min()} to {sizes.max()} examples, {table.runs.iloc[0]} runs"
 
 

@@ -104,9 +104,8 @@ def explanation(
         if math.isfinite(projected.low):
             found["projected_512"] = dict(zip(("score", "low", "high"), projected, strict=True))
     accuracies = {name: scores[name] for name in ("ra_unlearned", "ra_retrained", "ta_unlearned", "ta_retrained")}
-    qualities = why.decomposition(ours, theirs)
     found["what_if"] = {
-        name: competition_score(qualities[f"{name}_right"], **accuracies) for name in ("medians", "spreads", "both")
+        name: competition_score(quality, **accuracies) for name, quality in why.what_if(ours, theirs).items()
     }
     compared = why.shifts_and_spreads(ours, theirs)
     found["diagnosis"] = why.in_words(compared, scores["runs"])

@@ -6,7 +6,6 @@ said here is what goes beyond that. docs/why.md explains it to a user.
 """
 
 import math
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -78,24 +77,14 @@ def matched(unlearned: Tensor, retrained: Tensor, medians: bool, spreads: bool) 
     return torch.where(varies, moved, unlearned.double())
 
 
-def quality(unlearned: Tensor, retrained: Tensor) -> float:
-    """Forgetting quality F of confidences [runs, examples]."""
-    return forgetting_quality(epsilons(unlearned, retrained), len(unlearned))
-
-
-def decomposition(
-    unlearned: Tensor, retrained: Tensor, quality: Callable[[Tensor, Tensor], float] = quality
-) -> dict[str, float]:
-    """F as it is, and what it would be if every example's median, spread, or both were right. See `matched`.
+def what_if(unlearned: Tensor, retrained: Tensor) -> dict[str, float]:
+    """Forgetting quality F if every example's median, spread, or both were right. See `matched`.
 
     Times the accuracy ratios these are scores. Raises ValueError as `evaluator.metric.epsilons` does.
     """
-    return {
-        "as_it_is": quality(unlearned, retrained),
-        "medians_right": quality(matched(unlearned, retrained, medians=True, spreads=False), retrained),
-        "spreads_right": quality(matched(unlearned, retrained, medians=False, spreads=True), retrained),
-        "both_right": quality(matched(unlearned, retrained, medians=True, spreads=True), retrained),
-    }
+    right = {"medians": (True, False), "spreads": (False, True), "both": (True, True)}
+    moved = {name: matched(unlearned, retrained, *which) for name, which in right.items()}
+    return {name: forgetting_quality(epsilons(side, retrained), len(side)) for name, side in moved.items()}
 
 
 def in_words(found: ShiftsAndSpreads, runs: int) -> str:

@@ -44,7 +44,9 @@ def test_means_and_standard_errors():
     text = forget_sets.as_text(means.reset_index())
     assert text.score[0] == "0.0700 ± 0.0115" and text["of ceiling"][0] == "35%" and text["RA_U/RA_R"][0] == "0.9000"
     assert text["share of retraining cost"].tolist() == ["10%", "10%", ""]
-    assert forget_sets.title(table()) == ("3 forget sets (private-0, private-1, private-2) of 100 to 100 examples, 8 runs")
+    assert forget_sets.title("digits", table()) == (
+        "digits: 3 forget sets (private-0, private-1, private-2) of 100 to 100 examples, 8 runs"
+    )
 
 
 def test_what_cannot_be_averaged():
