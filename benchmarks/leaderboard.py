@@ -84,7 +84,8 @@ def agreement(table: pd.DataFrame) -> str:
     if scores.shape[1] < 2:
         return "there is one forget set only"
     others = {split: scores.drop(columns=split).mean(axis=1) for split in scores}
-    found = pd.Series({split: scores[split].corr(other, method="spearman") for split, other in others.items()})
+    pairs = {split: pd.concat([scores[split], other], axis=1) for split, other in others.items()}
+    found = pd.Series({split: pair.corr(method="spearman").iloc[0, 1] for split, pair in pairs.items()})
     return f"{found.min():.2f} to {found.max():.2f}, {found.mean():.2f} on average"
 
 
