@@ -55,7 +55,7 @@ def test_the_same_files_on_every_run(prepare, digits, tmp_path):
 
 def test_the_competitions_layout(digits):
     names = {"validation.csv", "test.csv", "age_class_weights.json", "dataset.json"}
-    names |= {f"{split}/{part}.csv" for split in ("public", "private") for part in ("retain", "forget")}
+    names |= {f"{split}/{part}.csv" for split in splits(digits, "*") for part in ("retain", "forget")}
     files = set(digests(digits))
     assert names <= files
     images = files - names
@@ -611,7 +611,7 @@ def test_sets_have_images_of_one_size(folder):
 def test_missing_files(folder, tmp_path):
     assert str(tmp_path / "nothing") in refused(tmp_path / "nothing")
     assert "data/prepare.py digits" in refused(tmp_path / "digits")
-    assert "'third'" in refused(folder, "third") and "'private', 'public'" in refused(folder, "third")
+    assert "'third'" in refused(folder, "third") and "'private', 'private-2', 'public'" in refused(folder, "third")
     (folder / "validation.csv").unlink()
     assert str(folder / "validation.csv") in refused(folder)
     (tmp_path / "empty").mkdir()
