@@ -385,6 +385,7 @@ def test_a_run_of_another_pool_is_named(data, scored, capsys):
 def test_no_old_page_beside_a_new_score(data, scored):
     """A new score takes the page away until it is written anew, and so do figures of earlier versions."""
     folder = scored / "small_digits" / "public"
+    assert run(data, scored, FINETUNE) == 0
     (folder / "finetune" / "epsilons.png").write_bytes(b"of an earlier version")
     page = (folder / "report.html").read_text()
     evaluation = Evaluation.of(str(data), runs=4, results=scored, jobs=1, device="cpu")
