@@ -78,7 +78,7 @@ def test_the_leaderboard(page, capsys):
     assert table["rank"].dropna().tolist() == [1, 2, 3]
     assert table.score.is_monotonic_decreasing
     assert "| (ceiling, estimated) |" in text and "2 at N = 4" in text
-    assert "2 forget sets (private, private-2)" in text
+    assert "2 forget sets (private, private-2) of" in text and "2 private forget sets, 4 runs" in text
     for name in ("finetune", "negrad", "no_unlearning"):
         paths = [page.table.parent / split / name / "summary.json" for split in ("private", "private-2")]
         scores = [json.loads(path.read_text())["score"] for path in paths]
