@@ -281,7 +281,7 @@ def kept_budget(data, results, monkeypatch) -> list[str]:
 
 def test_the_budget_reads_what_is_kept(kept_budget, results, capsys):
     before = sorted(results.rglob("run_*.npz"))
-    assert tuning_budget.main([*kept_budget, "--runs", "4", "--tune-on", "p*[ec]"]) == 0
+    assert tuning_budget.main([*kept_budget, "--runs", "4", "--tune-on", "p*[ec]", "--report-on", "private"]) == 0
     printed = capsys.readouterr().out
     assert "small_digits: 3 methods, 2 forget sets to choose on with 4 runs each" in printed
     assert "1 others at N = 4" in printed and "left out: 8 x 1, which needs 8 kept runs" in printed
