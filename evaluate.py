@@ -62,7 +62,8 @@ def evaluate(args) -> list[Evaluation]:
             found.append([scored(evaluation, method, args.attacks) for method in methods])
             ceilings.append(evaluation.ceiling())
             page = report.write_page(evaluation, ceilings[-1])
-        print(f"{evaluation.title}: {page}", file=sys.stderr, flush=True)
+        if len(splits) > 1:
+            print(f"{evaluation.title}: {page}", file=sys.stderr, flush=True)
     attacks = list(found[0][0].get("attacks", {}))
     if len(splits) == 1:
         scores = report.score_table(found[0], ceilings[0])
@@ -75,10 +76,8 @@ def evaluate(args) -> list[Evaluation]:
         print(f"\n{forget_sets.title(evaluation.data.name, table)}\n{forget_sets.as_text(scores).to_string(index=False)}")
     if attacks:
         print(f"\n{scores[['method', *attacks]].round(3).to_string(index=False)}")
-    if found[0][0]["original"] == "given":
-        print(f"the original network is the one given in {evaluation.data.folder}; the kit did not train it")
-    if evaluation.data.test is None:
-        print("TA is measured on the validation set: this folder has no test.csv")
+    for line in report.provisos(evaluation.data, found[0]):
+        print(line)
     if len(methods) > 1:
         print("", *forget_sets.verdicts(list(zip(*found, strict=True))), sep="\n")
     print(f"\nthe page with figures: {page}; per-example values: {page.parent}/*/examples.csv")

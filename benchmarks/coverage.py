@@ -25,7 +25,7 @@ from evaluator.files import Problem, read_json
 from evaluator.intervals import difference, difference_over, groups, half_samples, interval, projected, quick_epsilons
 from evaluator.metric import competition_score, epsilons, forgetting_quality
 from evaluator.pool import Pool
-from evaluator.scoring import confidences
+from evaluator.scoring import with_confidences
 
 EXAMPLES = 100
 SPREAD = 1.5  # standard deviation of a confidence: about that of retrained networks on digits
@@ -164,7 +164,7 @@ def projections(evaluation: Evaluation) -> Iterator[dict]:
 
     def pool_of(name: str) -> dict[str, Tensor]:
         kept = Pool(whole[name].parent, read_json(whole[name] / "made_from.json")).load(range(evaluation.runs))
-        return {"confidences": confidences(kept, evaluation.data), "ra": kept["ra"], "ta": kept["ta"]}
+        return with_confidences(kept, evaluation.data)
 
     if evaluation.runs <= FIRST[0]:
         raise Problem(f"--runs {evaluation.runs}: must be more than {FIRST[0]}, from which scores are projected")

@@ -17,7 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from evaluator.evaluation import HERE
-from evaluator.metric import best_attacks, epsilons, forgetting_quality
+from evaluator.metric import best_attacks, earned, epsilons
 from evaluator.progress import progress
 
 MEAN, SD = 4.0, 2.0  # of the retrained networks' confidences; the size of SD hardly matters
@@ -41,8 +41,8 @@ def pools(runs: int, examples: int, shift: float, ratio: float, seed: int) -> tu
 def simulate(runs: int, shift: float, ratio: float, examples: int, seed: int, advance) -> tuple[float, float]:
     """F and its standard error over the examples."""
     found = epsilons(*pools(runs, examples, shift, ratio, seed), advance)
-    earned = [forgetting_quality(epsilon.unsqueeze(0), runs) for epsilon in found]
-    return float(np.mean(earned)), float(np.std(earned) / examples**0.5)
+    earnings = earned(found, runs).numpy()
+    return float(earnings.mean()), float(earnings.std() / examples**0.5)
 
 
 def draw_example(axes: Axes, shift: float, runs: int, seed: int) -> None:
@@ -65,9 +65,9 @@ def draw_example(axes: Axes, shift: float, runs: int, seed: int) -> None:
     for end in (left, right):
         if edges[0] < end < edges[-1]:
             axes.axvline(end, color="#555555", linewidth=1, linestyle="--")
-    earned = forgetting_quality(torch.tensor([epsilon]), runs)
+    earns = earned(attack.epsilon, runs).item()
     law = "Same distribution" if shift == 0 else f"Shifted by {shift:g} sd"
-    share = f"1/{round(1 / earned)}" if earned else "0"
+    share = f"1/{round(1 / earns)}" if earns else "0"
     ratio = f"{telling.max() / telling.min():.3g}"
     axes.set_title(f"{law}: ε = {epsilon:.2f}, earns {share}", fontsize=10.5, loc="left", weight="bold", pad=19)
     axes.text(
@@ -110,13 +110,18 @@ def draw(simulated: dict, seed: int, path: Path) -> None:
     figure.savefig(path, dpi=130, metadata={"Software": None})
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def arguments(documentation: str, picture: str) -> argparse.Namespace:
+    """Of a command that simulates forget examples and draws a picture of docs/; it works on one thread."""
+    parser = argparse.ArgumentParser(description=documentation, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--examples", type=int, default=300, help="forget examples per distribution (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the simulation (default: %(default)s)")
-    parser.add_argument("--picture", type=Path, default=HERE / "docs" / "metric.png", help="where to draw it")
-    args = parser.parse_args()
+    parser.add_argument("--picture", type=Path, default=HERE / "docs" / picture, help="where to draw it")
     torch.set_num_threads(1)
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = arguments(__doc__, "metric.png")
     simulated = {}
     with progress("simulated examples", len(RUNS) * len(LAWS) * args.examples, "example") as bar:
         for runs in RUNS:

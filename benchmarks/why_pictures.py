@@ -6,7 +6,6 @@ tables of docs/why.md and draws its picture, docs/why.png.
 Confidences as in benchmarks/metric_pictures.py. About two minutes on one core.
 """
 
-import argparse
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +14,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from benchmarks.metric_pictures import MEAN, RETRAINED, SD, UNLEARNED, pools
-from evaluator.evaluation import HERE
-from evaluator.metric import epsilons, forgetting_quality
+from benchmarks.metric_pictures import MEAN, RETRAINED, SD, UNLEARNED, arguments, pools
+from evaluator.metric import earned, epsilons
 from evaluator.progress import progress
 from evaluator.why import in_words, matched, shifts_and_spreads
 
@@ -36,10 +34,9 @@ WHAT_IF = {"medians right": (True, False), "spreads right": (False, True), "both
 PANELS = {"Right": (0.0, 1.0), "Too confident": (1.0, 1.0), "Not confident enough": (-1.0, 1.0), "Too alike": (0.0, 0.6)}
 
 
-def earned(unlearned: Tensor, retrained: Tensor, advance) -> Tensor:
+def earnings(unlearned: Tensor, retrained: Tensor, advance) -> Tensor:
     """What each example earns; their mean is F. [examples]"""
-    found = epsilons(unlearned, retrained, advance)
-    return torch.tensor([forgetting_quality(epsilon, len(unlearned)) for epsilon in found.split(1)], dtype=torch.float64)
+    return earned(epsilons(unlearned, retrained, advance), len(unlearned))
 
 
 def exactly_matched(unlearned: Tensor, retrained: Tensor, medians: bool, spreads: bool) -> Tensor:
@@ -56,8 +53,8 @@ def simulate(runs: int, examples: int, seed: int, advance) -> None:
     for law, (shifts, ratio, _) in LAWS.items():
         shift = torch.tensor(shifts, dtype=torch.float64).repeat(examples)[:examples]
         sides = pools(runs, examples, shift, ratio, seed)
-        as_it_is[law] = earned(*sides, advance)
-        what_if[law] = [earned(matched(*sides, *right), sides[1], advance) for right in WHAT_IF.values()]
+        as_it_is[law] = earnings(*sides, advance)
+        what_if[law] = [earnings(matched(*sides, *right), sides[1], advance) for right in WHAT_IF.values()]
         words[law] = in_words(shifts_and_spreads(*sides), runs)
     print(f"\nN = {runs}: F over {examples} examples; in brackets what it is for a method that really is right there")
     print("| unlearned against retrained | as it is | " + " | ".join(WHAT_IF) + " | in words |")
@@ -69,7 +66,7 @@ def simulate(runs: int, examples: int, seed: int, advance) -> None:
         print(f"| {law} | {as_it_is[law].mean():.3f} | {' | '.join(cells)} | {words[law]} |")
 
     sides = pools(runs, examples, 0.0, 1.0, seed)
-    exact = [earned(exactly_matched(*sides, *right), sides[1], advance) for right in WHAT_IF.values()]
+    exact = [earnings(exactly_matched(*sides, *right), sides[1], advance) for right in WHAT_IF.values()]
     print(f"\nN = {runs}: what a perfect unlearner seems to gain; ± one standard error")
     print("| | " + " | ".join(WHAT_IF) + " |")
     print("|---|" + "---|" * len(WHAT_IF))
@@ -82,7 +79,7 @@ def draw_panel(axes: Axes, title: str, law: tuple[float, float], examples: int, 
     """Histograms of the first example's confidences, F of all, and the words."""
     runs = max(RUNS)
     sides = pools(runs, examples, *law, seed)
-    quality = earned(*sides, advance).mean()
+    quality = earnings(*sides, advance).mean()
     found = shifts_and_spreads(*sides)
     edges = np.linspace(MEAN - 4.5 * SD, MEAN + 4.5 * SD, 51)
     for side, colour, top in zip(sides, (UNLEARNED, RETRAINED), (84, 77), strict=True):
@@ -117,12 +114,7 @@ def draw(examples: int, seed: int, path: Path, advance) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--examples", type=int, default=300, help="forget examples per law (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of the simulation (default: %(default)s)")
-    parser.add_argument("--picture", type=Path, default=HERE / "docs" / "why.png", help="where to draw it")
-    args = parser.parse_args()
-    torch.set_num_threads(1)
+    args = arguments(__doc__, "why.png")
     evaluations = len(RUNS) * (len(LAWS) * (1 + len(WHAT_IF)) + len(WHAT_IF)) + len(PANELS)
     with progress("simulated examples", evaluations * args.examples, "example") as bar:
         for runs in RUNS:

@@ -162,7 +162,7 @@ class Evaluation:
             }
             folder = self.setting.results_of(self.data, method.name)
             summary = read_json(folder / "summary.json")
-            whole = summary.get("checked") == _checksum(summary, folder / "examples.csv")
+            whole = summary.get("checked") == checksum(summary, folder / "examples.csv")
             if whole and summary["made_of"] == made_of and ("attacks" in summary or not self.attacks):
                 return summary
             share = None
@@ -190,7 +190,7 @@ class Evaluation:
             for old in [self.results / "report.html", folder / "summary.json", *folder.glob("*.png")]:
                 old.unlink(missing_ok=True)
             write_csv(folder / "examples.csv", table.assign(**columns))
-            write_json(folder / "summary.json", summary | {"checked": _checksum(summary, folder / "examples.csv")})
+            write_json(folder / "summary.json", summary | {"checked": checksum(summary, folder / "examples.csv")})
             return read_json(folder / "summary.json")
 
     def score_of(self, method: Method, runs: range) -> dict:
@@ -203,7 +203,7 @@ class Evaluation:
         return [self.score_of(method, range(start, start + size))["score"] for start in starts]
 
 
-def _checksum(summary: dict, examples: Path) -> str:
+def checksum(summary: dict, examples: Path) -> str:
     """A checksum of a summary and the table that belongs to it."""
     content = json.dumps({name: value for name, value in summary.items() if name != "checked"}, sort_keys=True)
     table = examples.read_bytes() if examples.is_file() else b""

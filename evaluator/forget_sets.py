@@ -7,7 +7,7 @@ import pandas as pd
 from evaluator import intervals
 from evaluator.files import Problem
 from evaluator.intervals import Interval, mean_over
-from evaluator.scoring import COST_LIMIT
+from evaluator.report import cost_text
 
 OF_A_SET = ("method", "split", "runs", "forget_examples", "score", "forgetting_quality")
 ACCURACIES = ("ra_unlearned", "ra_retrained", "ta_unlearned", "ta_retrained")
@@ -63,9 +63,6 @@ def title(data: str, table: pd.DataFrame) -> str:
 def as_text(means: pd.DataFrame) -> pd.DataFrame:
     """`over_sets` for people to read."""
 
-    def cost(share: float) -> str:
-        return "" if pd.isna(share) else f"{share:.0%}" + (" (over 20%)" if share > COST_LIMIT else "")
-
     return pd.DataFrame(
         {
             "method": means.method.str.ljust(means.method.str.len().max()),
@@ -75,7 +72,7 @@ def as_text(means: pd.DataFrame) -> pd.DataFrame:
             "F": means.forgetting_quality.map("{:.4f}".format),
             "RA_U/RA_R": (means.ra_unlearned / means.ra_retrained).map("{:.4f}".format),
             "TA_U/TA_R": (means.ta_unlearned / means.ta_retrained).map("{:.4f}".format),
-            "share of retraining cost": means.fraction_of_retraining.map(cost),
+            "share of retraining cost": means.fraction_of_retraining.map(cost_text, na_action="ignore").fillna(""),
         }
     )
 

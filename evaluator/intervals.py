@@ -18,10 +18,10 @@ from evaluator.metric import (
     BUFFER,
     LARGEST_EPSILON,
     SMALLEST_RANGE_RATIO,
-    _single_threshold,
     competition_score,
     epsilon_table,
     forgetting_quality,
+    single_threshold,
 )
 
 LEVEL = 0.95
@@ -179,7 +179,7 @@ def quick_epsilons(unlearned: Tensor, retrained: Tensor) -> Tensor:
 def _coarse(unlearned: Tensor, retrained: Tensor, table: Tensor) -> Tensor:
     """Of sorted sides [examples, runs]. As all ends lie on one grid, so do all left ends that belong to a right end."""
     runs = unlearned.shape[1]
-    threshold = _single_threshold(unlearned, retrained, table)[0]
+    threshold = single_threshold(unlearned, retrained, table)[0]
     ranges = torch.stack([side[:, -1] - side[:, 0] for side in (unlearned, retrained)])
     unlearned_positive = (ranges[0] < ranges[1]).unsqueeze(1)
     positive = torch.where(unlearned_positive, unlearned, retrained)

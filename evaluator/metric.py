@@ -90,7 +90,7 @@ def best_attacks(
     families = [torch.empty(0, dtype=torch.long, device=unlearned.device)]
     parts = (side.split(EXAMPLES_AT_ONCE) if len(side) else () for side in (unlearned, retrained))
     for ours, theirs in zip(*parts, strict=True):
-        threshold, interval = _single_threshold(ours, theirs, table), _interval(ours, theirs, table)
+        threshold, interval = single_threshold(ours, theirs, table), _interval(ours, theirs, table)
         found.append(torch.where(interval[0] > threshold[0], interval, threshold))
         families.append((interval[0] > threshold[0]) + FAMILIES.index("threshold"))
         on_progress(len(ours))
@@ -170,7 +170,7 @@ def _evenly(start: Tensor, stop: Tensor, count: Tensor) -> Tensor:
     return torch.where((index >= count - 1) & (count > 1), stop, points)
 
 
-def _single_threshold(unlearned: Tensor, retrained: Tensor, table: Tensor) -> Tensor:
+def single_threshold(unlearned: Tensor, retrained: Tensor, table: Tensor) -> Tensor:
     """The best "positive iff confidence >= threshold"; sides sorted, [examples, runs].
 
     Returns epsilon, left and right ends, [3, examples]; epsilon is -1 where no threshold survives.

@@ -26,10 +26,10 @@ from torch import Tensor
 
 from evaluator import scoring
 from evaluator.data import Data
-from evaluator.evaluation import HERE, Evaluation, _checksum
+from evaluator.evaluation import HERE, Evaluation, checksum
 from evaluator.files import Problem, read_json, write_atomically
 from evaluator.method import NO_UNLEARNING, RESERVED
-from evaluator.metric import BIN_WIDTH, forgetting_quality
+from evaluator.metric import BIN_WIDTH, earned, forgetting_quality
 from evaluator.models import network_digest
 from evaluator.pool import FORMAT, Pool
 from evaluator.runs import FIRST_SEED, retrained_pool
@@ -102,13 +102,18 @@ def score_table(summaries: list[dict], ceiling: dict) -> pd.DataFrame:
             "RA_U/RA_R": f"{summary['ra_unlearned'] / summary['ra_retrained']:.4f}",
             "TA_U/TA_R": f"{summary['ta_unlearned'] / summary['ta_retrained']:.4f}",
             "s/run": "" if cost is None else f"{summary['seconds_per_run']:.2f}",
-            "share of retraining cost": "" if cost is None else f"{cost:.0%}" + (" (over 20%)" if cost > COST_LIMIT else ""),
+            "share of retraining cost": "" if cost is None else cost_text(cost),
             **{name: f"{summary['attacks'][name]:.3f}" if "attacks" in summary else "" for name in attacks},
         }
 
     table = pd.DataFrame([row(summary) for summary in rows])
     unused = [name for name in ("95% interval", "at 512 runs") if not table[name].any()]
     return table.drop(columns=unused).assign(method=table.method.str.ljust(table.method.str.len().max()))
+
+
+def cost_text(share: float) -> str:
+    """A run's share of the cost of a retraining, marked where the competition does not allow it."""
+    return f"{share:.0%}" + (f" (over {COST_LIMIT:.0%})" if share > COST_LIMIT else "")
 
 
 def kept(evaluation: Evaluation) -> tuple[list[dict], dict[str, str]]:
@@ -137,7 +142,7 @@ def _kept_summary(evaluation: Evaluation, folder: Path, retrained: Pool, origina
     summary = read_json(folder / "summary.json")
     if not summary:
         raise Problem(f"summary.json is damaged: {again}")
-    if summary.get("checked") != _checksum(summary, folder / "examples.csv"):
+    if summary.get("checked") != checksum(summary, folder / "examples.csv"):
         raise Problem(f"summary.json or examples.csv is damaged or was edited: {again}")
     made_of = summary["made_of"]
     if summary["method"] != folder.name:
@@ -437,10 +442,7 @@ def cautions(data: Data, runs: int, summaries: list[dict]) -> list[str]:
             f"These scores are of {runs} runs. The same method scores less with more runs, so never compare them with "
             f"scores of {COMPETITION_RUNS} runs, as the competition's."
         )
-    if any(summary["original"] == "given" for summary in summaries):
-        found.append(f"The original network is the one given in {data.folder}; the kit did not train it.")
-    if data.test is None:
-        found.append("TA is measured on the validation set: this folder has no test.csv.")
+    found += provisos(data, summaries)
     for summary in summaries:
         cost = summary["fraction_of_retraining"]
         if cost is not None and cost > COST_LIMIT:
@@ -449,6 +451,16 @@ def cautions(data: Data, runs: int, summaries: list[dict]) -> list[str]:
             )
     if len({str((summary["device"], summary["versions"])) for summary in summaries}) > 1:
         found.append("The methods were scored on different devices or versions; see the settings at the end.")
+    return found
+
+
+def provisos(data: Data, summaries: list[dict]) -> list[str]:
+    """What is other than usual about the data folder."""
+    found = []
+    if any(summary["original"] == "given" for summary in summaries):
+        found.append(f"The original network is the one given in {data.folder}; the kit did not train it.")
+    if data.test is None:
+        found.append("TA is measured on the validation set: this folder has no test.csv.")
     return found
 
 
@@ -516,7 +528,7 @@ def _example(row: NamedTuple, image: Tensor, runs: int) -> dict:
         "interval": f"“{says}” if the confidence is {row.left:.2f} to {row.right:.2f}",
     }[row.attack]
     bin_number = math.floor(row.epsilon / BIN_WIDTH)
-    earns = forgetting_quality(torch.tensor([row.epsilon], dtype=torch.float64), runs)
+    earns = earned(torch.tensor(row.epsilon, dtype=torch.float64), runs).item()
     lines = [
         f"label {row.age_group} · epsilon {row.epsilon:.2f} · earns {_earned(bin_number) if earns else 'nothing'}",
         f"Best attack: {rule}.",

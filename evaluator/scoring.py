@@ -92,7 +92,7 @@ def explanation(
     scores: what `score` found for these pools. Returns further entries for the summary, and columns for the table of the
     forget examples: the shift of the median and the ratio of the spreads.
     """
-    sides = [{"confidences": confidences(pool, data), **pool} for pool in (unlearned, retrained)]
+    sides = [with_confidences(pool, data) for pool in (unlearned, retrained)]
     ours, theirs = (side["confidences"] for side in sides)
     found: dict = {}
     if scores["runs"] >= intervals.FEWEST_TO_HALVE:
@@ -118,6 +118,11 @@ def confidences(pool: dict[str, Tensor], data: Data) -> Tensor:
     if logits.dim() != 3 or logits.shape[1:] != (len(targets), data.classes):
         raise Problem(f"{data.folder}: kept runs hold logits of shape {list(logits.shape)}, not those of this forget set")
     return logit_scaled_confidence(logits, targets)
+
+
+def with_confidences(pool: dict[str, Tensor], data: Data) -> dict[str, Tensor]:
+    """A pool as `evaluator.intervals` asks for it: with its "confidences"."""
+    return pool | {"confidences": confidences(pool, data)}
 
 
 def estimated_ceiling(retrained: dict[str, Tensor], data: Data, seed: int = 0) -> float:

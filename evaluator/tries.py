@@ -112,7 +112,7 @@ class Tries:
         retrained = dataclasses.replace(self.evaluation, runs=runs).retrained().load(range(runs))
         pools = [self._runs(number, table["kept in"][number], runs) for number in (first, second)]
         (before, old), (after, new) = (scoring.score(pool, retrained, data) for pool in pools)
-        kept, *tried = ({"confidences": scoring.confidences(pool, data), **pool} for pool in (retrained, *pools))
+        kept, *tried = (scoring.with_confidences(pool, data) for pool in (retrained, *pools))
         earlier, later = (half_samples(side, kept)["score"] for side in tried)
         change = difference(after["score"], later, before["score"], earlier)
         return change, compare(old, new, (f"try {first}", f"try {second}"), runs)

@@ -24,7 +24,7 @@ from PIL import Image
 
 from evaluate import field_value
 from evaluator import report, scoring
-from evaluator.evaluation import Evaluation, _checksum
+from evaluator.evaluation import Evaluation, checksum
 from evaluator.files import Problem, write_csv, write_json
 from evaluator.metric import best_attacks
 from evaluator.models import network_digest
@@ -77,7 +77,7 @@ def add_method(evaluation: Evaluation, name: str, noise: float = 0.5, **fields: 
 
 def rewrite(folder: Path, summary: dict) -> None:
     summary = {name: value for name, value in summary.items() if name != "checked"}
-    write_json(folder / "summary.json", summary | {"checked": _checksum(summary, folder / "examples.csv")})
+    write_json(folder / "summary.json", summary | {"checked": checksum(summary, folder / "examples.csv")})
 
 
 def summary_of(folder: Path) -> dict:
