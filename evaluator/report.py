@@ -442,7 +442,7 @@ def cautions(data: Data, runs: int, summaries: list[dict]) -> list[str]:
             f"These scores are of {runs} runs. The same method scores less with more runs, so never compare them with "
             f"scores of {COMPETITION_RUNS} runs, as the competition's."
         )
-    found += provisos(data, summaries)
+    found += [f"{line[0].upper()}{line[1:]}." for line in provisos(data, summaries)]
     for summary in summaries:
         cost = summary["fraction_of_retraining"]
         if cost is not None and cost > COST_LIMIT:
@@ -458,9 +458,9 @@ def provisos(data: Data, summaries: list[dict]) -> list[str]:
     """What is other than usual about the data folder."""
     found = []
     if any(summary["original"] == "given" for summary in summaries):
-        found.append(f"The original network is the one given in {data.folder}; the kit did not train it.")
+        found.append(f"the original network is the one given in {data.folder}; the kit did not train it")
     if data.test is None:
-        found.append("TA is measured on the validation set: this folder has no test.csv.")
+        found.append("TA is measured on the validation set: this folder has no test.csv")
     return found
 
 
