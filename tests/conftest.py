@@ -1,15 +1,15 @@
 """What several test files share: a small data folder, one thread, the same hypothesis examples on every run."""
 
 import copy
-import importlib.util
 import shutil
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
+from digits import RECIPE, digits
 from evaluate_helpers import Launcher
 from hypothesis import settings
+from layout import write
 from method_helpers import FORGET, RETAIN
 from torch import nn
 from torch.nn import functional as F
@@ -27,23 +27,12 @@ torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
-def prepare() -> ModuleType:
-    """data/prepare.py, a script in a folder that is no package."""
-    spec = importlib.util.spec_from_file_location("prepare_under_test", ROOT / "data" / "prepare.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture(scope="session")
-def small_digits(prepare, tmp_path_factory) -> Path:
+def small_digits(tmp_path_factory) -> Path:
     """The first 300 digits, as if 7 people had written them, and a recipe of one epoch: three forget sets of some 30 images.
     Copy the folder before changing it."""
     folder = tmp_path_factory.mktemp("data") / "small_digits"
-    recipe = prepare.RECIPE | {"width": 4, "small_images": True, "epochs": 1, "networks_at_once": 4}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prepare, "WRITERS", 42)
-        prepare.prepare_digits(folder, writers={"public": 0, "private": 1, "private-2": 2}, recipe=recipe, keep=300)
+    recipe = RECIPE | {"width": 4, "small_images": True, "epochs": 1, "networks_at_once": 4}
+    write(folder, digits(300, 42, {"public": 0, "private": 1, "private-2": 2}, recipe))
     return folder
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import prepare
 import pytest
 import torch
 from PIL import Image
@@ -32,9 +33,9 @@ from evaluator.training import Recipe
 
 
 @pytest.fixture(scope="module")
-def digits(prepare, tmp_path_factory) -> Path:
+def digits(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("whole") / "digits"
-    prepare.prepare_digits(folder)
+    assert prepare.main(["digits", "--folder", str(folder)]) == 0
     return folder
 
 
@@ -46,10 +47,10 @@ def digests(folder: Path) -> dict[str, str]:
     }
 
 
-def test_the_same_files_on_every_run(prepare, digits, tmp_path):
+def test_the_same_files_on_every_run(digits, tmp_path):
     np.random.seed(1)  # of no influence
     torch.manual_seed(1)
-    prepare.prepare_digits(tmp_path / "digits")
+    assert prepare.main(["digits", "--folder", str(tmp_path / "digits")]) == 0
     assert digests(tmp_path / "digits") == digests(digits)
 
 

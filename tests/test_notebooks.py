@@ -29,9 +29,11 @@ from torchvision.models import resnet18, resnet34
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "notebooks"), str(ROOT / "data")]
 import build
-import prepare
 import rehearse
 import submit
+from digits import RECIPE
+from digits import digits as prepare_digits
+from layout import write
 
 import evaluate
 from evaluator.checkpoints import Checkpoints
@@ -48,9 +50,8 @@ NAMES = ("retain", "forget", "validation")
 def digits(tmp_path_factory) -> Path:
     """A few hundred digits, and networks trained for a moment."""
     folder = tmp_path_factory.mktemp("data") / "few_digits"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prepare, "WRITERS", 42)  # a forget set of some 30 images
-        prepare.prepare_digits(folder, {"public": 3}, prepare.RECIPE | {"epochs": 2, "networks_at_once": 4}, keep=300)
+    few = prepare_digits(300, 42, {"public": 3}, RECIPE | {"epochs": 2, "networks_at_once": 4})  # it forgets some 30 images
+    write(folder, few)
     return folder
 
 
