@@ -36,7 +36,7 @@ class DataSet:
 
 
 def write(folder: Path, made: DataSet) -> None:
-    """Write a data folder; the same bytes for the same DataSet. An interrupted one is completed: what is right is left alone."""
+    """Write a data folder; the same bytes for the same DataSet. An interrupted one is completed."""
     (folder / "dataset.json").unlink(missing_ok=True)
     with progress("images", len(made.table), "image") as bar:
         for image_id, picture in zip(made.table.image_id, made.pictures, strict=True):

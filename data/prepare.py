@@ -1,4 +1,4 @@
-"""Makes data/<name>/ in the competition's layout, e.g. `python data/prepare.py digits`; data/README.md describes the folder."""
+"""Makes data/<name>/ in the competition's layout: `python data/prepare.py digits`; data/README.md describes the folder."""
 
 import argparse
 import sys
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE.parent), str(HERE)]
+sys.path.insert(0, str(HERE.parent))
 from digits import digits
 from layout import DataSet, write
 
