@@ -1,6 +1,7 @@
 """Writes a data folder in the competition's layout, and draws its sets: shared by everything that makes a data folder."""
 
 import io
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,9 +20,10 @@ SEED = 43  # of the shuffle before the 80/10/10 split, as in the competition
 class DataSet:
     """What a data folder is made from.
 
-    table: one row per image with image_id, age_group (the label), age and person_id. pictures: uint8, [images, H, W] (grey)
-    or [images, H, W, 3]. train, validation, test: row numbers. forget: split -> the row numbers in train that it forgets.
-    recipe: fields of evaluator.training.Recipe. note: what every output must say of these images, such as "synthetic".
+    table: one row per image with image_id, age_group (the label), age and person_id, and where images come from files
+    `source`, which file. pictures: uint8, [images, H, W] (grey) or [images, H, W, 3]. train, validation, test: row numbers.
+    forget: split -> the row numbers in train that it forgets. recipe: fields of evaluator.training.Recipe. note: what every
+    output must say of these images, such as "synthetic". labels: what the classes are called.
     """
 
     table: pd.DataFrame
@@ -33,11 +35,15 @@ class DataSet:
     forget: dict[str, np.ndarray]
     recipe: dict = field(default_factory=dict)
     note: str = ""
+    labels: Sequence[str] = ()
 
 
 def write(folder: Path, made: DataSet) -> None:
     """Write a data folder; the same bytes for the same DataSet. An interrupted one is completed."""
     (folder / "dataset.json").unlink(missing_ok=True)
+    for path in folder.glob("*/*.csv"):  # what an earlier run drew and this one does not
+        if path.parent.name not in made.forget and path.name in ("retain.csv", "forget.csv"):
+            path.unlink()
     with progress("images", len(made.table), "image") as bar:
         for image_id, picture in zip(made.table.image_id, made.pictures, strict=True):
             content = io.BytesIO()
@@ -50,6 +56,10 @@ def write(folder: Path, made: DataSet) -> None:
     for split, rows in made.forget.items():
         _write_csv(folder / split / "retain.csv", table.iloc[np.setdiff1d(made.train, rows)])
         _write_csv(folder / split / "forget.csv", table.iloc[rows])
+    if "source" in made.table:
+        _write_csv(folder / "sources.csv", made.table[["image_id", "source"]])
+    if made.labels:
+        write_json(folder / "labels.json", {str(number): label for number, label in enumerate(made.labels)})
     counts = table.age_group.iloc[made.train].value_counts().sort_index()
     write_json(folder / "age_class_weights.json", {str(label): int(count) for label, count in counts.items()})
     described = {"name": folder.name, "image_size": made.pictures.shape[1], "classes": made.classes, "recipe": made.recipe}
@@ -57,11 +67,14 @@ def write(folder: Path, made: DataSet) -> None:
     write_json(folder / "dataset.json", described | ({"note": made.note} if made.note else {}))
 
 
-def hold_out(images: int, share: float = 0.1, seed: int = SEED) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def hold_out(
+    images: int, validation: float = 0.1, test: float = 0.1, seed: int = SEED
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Row numbers of train, validation and test, drawn by image as in the competition: 80, 10 and 10%."""
     order = np.random.RandomState(seed).permutation(images)
-    part = int(images * share)
-    return order[2 * part :], order[:part], order[part : 2 * part]
+    first = int(images * validation)
+    second = first + int(images * test)
+    return order[second:], order[:first], order[first:second]
 
 
 def split_names(sets: int) -> list[str]:
@@ -86,7 +99,10 @@ def forget_subjects(
     for split in split_names(sets):
         reached = people.cumsum().searchsorted(wanted) + 1
         if reached > len(people):
-            raise Problem(f"only {len(drawn)} forget sets of {wanted:.0f} images can be drawn without sharing subjects")
+            raise Problem(
+                f"only {len(drawn)} of {2 * sets} forget sets of {wanted:.0f} images can be drawn without sharing subjects; "
+                "ask for fewer, for smaller ones, or from more classes"
+            )
         drawn[split] = train[rows.person_id.isin(people.index[:reached])]
         people = people.iloc[reached:]
     return drawn
