@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 ENSEMBLE = True  # K networks trained as one give what each gives alone
+NORM_LAYERS = (nn.BatchNorm2d, nn.LayerNorm, nn.GroupNorm)
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Config:
 
     # Forget: what is re-initialised at the start of each cycle.
     tensors: Annotated[int, (2, 16)] = 6  # parameter tensors drawn, with replacement: about 10% of a ResNet-18's 62
-    exclude: tuple[str, ...] = ("fc", "downsample")  # keep these: class and resolution information
+    exclude: tuple[str, ...] = ("fc", "downsample")  # keep these: class and resolution; "fc" is the last linear layer
     norm_layers: bool = True  # weights and biases of batch norm are in the pool (our choice: 6 is 10% only with them)
     choose: str = "random"  # "fisher": the tensors that matter most to the forget set, the same in every run
     unit: str = "tensor"  # "element": single weights, as many as the drawn tensors would hold on average
@@ -94,7 +95,7 @@ PRESETS = {
 def unlearning(net, retain_loader, forget_loader, val_loader, config: Config = Config()) -> None:
     """Unlearn in place. The forget set is read only with choose="fisher", the validation set never.
 
-    net: a torchvision-style ResNet returning logits [images, classes]; batches are dicts with `image` [images, 3, H, W]
+    net: a torchvision classifier returning logits [images, classes]; batches are dicts with `image` [images, 3, H, W]
     and `age_group` [images]. Leaves the network in evaluation mode.
     """
     members = getattr(net, "members", [net])  # K networks trained as one, or the one there is
@@ -164,13 +165,14 @@ def learning_rate(config: Config, epoch: float, epoch_of_cycle: float) -> float:
 
 
 def pool(net: nn.Module, config: Config) -> list[tuple[str, nn.Module, str]]:
-    """(layer's name, layer, "weight" or "bias") of every parameter tensor that may be re-initialised."""
+    """(layer's name, layer, tensor's name) of every parameter tensor that may be re-initialised."""
+    last = [name for name, layer in net.named_modules() if isinstance(layer, nn.Linear)][-1:]
     return [
         (layer_name, layer, name)
         for layer_name, layer in net.named_modules()
         for name, _ in layer.named_parameters(recurse=False)
-        if not any(word in layer_name for word in config.exclude)
-        and (config.norm_layers or not isinstance(layer, nn.BatchNorm2d))
+        if not any(layer_name in last if word == "fc" else word in layer_name for word in config.exclude)
+        and (config.norm_layers or not isinstance(layer, NORM_LAYERS))
     ]
 
 
@@ -179,7 +181,7 @@ def forget(net: nn.Module, config: Config, generator: torch.Generator | None, sc
     """Re-initialise the chosen tensors of one network, or the chosen single weights, in place."""
     candidates = pool(net, config)
     if config.choose == "fisher":
-        chosen = sorted(candidates, key=lambda tensor: -scores[f"{tensor[0]}.{tensor[2]}"])[: config.tensors]
+        chosen = sorted(candidates, key=lambda tensor: -scores[f"{tensor[0]}.{tensor[2]}".lstrip(".")])[: config.tensors]
     elif config.unit == "tensor":
         where = generator.device if generator else "cpu"
         drawn = torch.randint(len(candidates), (config.tensors,), generator=generator, device=where)
@@ -197,14 +199,17 @@ def forget(net: nn.Module, config: Config, generator: torch.Generator | None, sc
 
 
 def initialised_like(tensor: Tensor, layer: nn.Module, name: str, generator: torch.Generator | None) -> Tensor:
-    """A new value, drawn as torchvision initialises this parameter of a ResNet (our choice)."""
+    """A new value, drawn as torchvision initialises this parameter of a ResNet (our choice); what only transformers have,
+    such as tokens, positions and attention's projections, is drawn near 0."""
     fresh = tensor.new_empty(tensor.shape)  # plain layout: a channels_last one would be filled in another order
     if isinstance(layer, nn.Conv2d) and name == "weight":
         return nn.init.kaiming_normal_(fresh, mode="fan_out", nonlinearity="relu", generator=generator)
     if isinstance(layer, nn.Linear):
         bound = layer.in_features**-0.5
         return fresh.uniform_(-bound, bound, generator=generator)
-    return fresh.fill_(1.0 if name == "weight" else 0.0)  # batch norm
+    if isinstance(layer, (nn.Conv2d, *NORM_LAYERS)):
+        return fresh.fill_(1.0 if name == "weight" else 0.0)
+    return fresh.normal_(std=0.02, generator=generator)
 
 
 def fisher_information(net: nn.Module, forget_loader) -> dict[str, float]:

@@ -15,6 +15,7 @@ OPTIONS = {
     "split": dict(
         default="public", help="a forget set: public (to tune on) or private (to report on); several: 'public*', 'private*'"
     ),
+    "model": dict(metavar="NAME", help="any classifier of torchvision, such as vgg11_bn (default: the data's own network)"),
     "runs": dict(type=int, default=512, help="N, the number of networks of each kind (default: %(default)s)"),
     "second-pool": dict(action="store_true", help="measure the ceiling, with N more retrained networks"),
     "attacks": dict(action="store_true", help="also run other membership-inference attacks and print them beside the score"),
@@ -24,7 +25,7 @@ OPTIONS = {
     "results": dict(type=Path, default=Path("results"), help="where runs, tables and figures are kept (default: results)"),
     "keep-networks": dict(action="store_true", help="also keep every network's weights (large)"),
 }
-EVERYWHERE = ("data", "runs", "jobs", "device", "results")
+EVERYWHERE = ("data", "model", "runs", "jobs", "device", "results")
 
 
 def parser(documentation: str, *options: str, **defaults: object) -> argparse.ArgumentParser:

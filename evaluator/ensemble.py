@@ -7,10 +7,30 @@ joint tensors: initialise, edit or save a member, and the ensemble has changed w
 """
 
 import copy
+from collections.abc import Sequence
 
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torchvision.models import VGG, AlexNet, MobileNetV2, MobileNetV3, ResNet, mobilenetv2, mobilenetv3, resnet
+from torchvision.ops import Conv2dNormActivation, SqueezeExcitation
+
+# What an ensemble of several networks can hold. The others are left out because a layer's weights are none of these, or
+# because channels of different members would meet: where maps are concatenated, shuffled or normalised together.
+HELD = {
+    *(nn.Conv2d, nn.BatchNorm2d, nn.Linear, nn.Dropout),
+    *(nn.Identity, nn.ReLU, nn.ReLU6, nn.SiLU, nn.Sigmoid, nn.Hardsigmoid, nn.Hardswish),
+    *(nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.Sequential, Conv2dNormActivation, SqueezeExcitation),
+    *(ResNet, resnet.BasicBlock, resnet.Bottleneck, VGG, AlexNet),
+    *(MobileNetV2, mobilenetv2.InvertedResidual, MobileNetV3, mobilenetv3.InvertedResidual),
+}
+
+
+def obstacle(network: nn.Module) -> str | None:
+    """The type of a layer that keeps several such networks from being trained as one; None if there is none."""
+    found = [module for module in network.modules() if type(module) not in HELD]
+    layers = [module for module in found if next(module.children(), None) is None]  # a layer says more than what it is in
+    return type((layers or found)[0]).__name__ if found else None
 
 
 class Taps(torch.autograd.Function):
@@ -58,8 +78,27 @@ class JointLinear(nn.Module):
         return y if self.bias is None else y + self.bias
 
 
-def _join(module: nn.Module, size: int) -> nn.Module:
-    """A copy of `module` in which every layer with parameters holds `size` copies of itself."""
+class JointDropout(nn.Module):
+    """Dropout of K networks as one, each from its own generator: beside others, a network drops what it drops alone."""
+
+    def __init__(self, share: float, generators: Sequence[torch.Generator | None]):
+        super().__init__()
+        self.share, self.generators = share, generators
+
+    def forward(self, x):
+        if not self.training or self.share == 0:
+            return x
+        parts = x.unflatten(1, (len(self.generators), -1)).unbind(1)
+        kept = [
+            x.new_empty(part.shape).bernoulli_(1 - self.share, generator=generator)
+            for part, generator in zip(parts, self.generators, strict=True)
+        ]
+        return x * torch.stack(kept, 1).flatten(1, 2) / (1 - self.share)
+
+
+def _join(module: nn.Module, generators: Sequence[torch.Generator | None]) -> nn.Module:
+    """A copy of `module` in which every layer with parameters holds as many copies of itself as there are generators."""
+    size = len(generators)
     if isinstance(module, nn.Conv2d):
         joint = JointConv2d(
             size * module.in_channels,
@@ -80,11 +119,11 @@ def _join(module: nn.Module, size: int) -> nn.Module:
             joint.num_batches_tracked = joint.num_batches_tracked.repeat(size)  # one count per member
     elif isinstance(module, nn.Linear):
         return JointLinear(module, size)
-    elif next(module.parameters(recurse=False), None) is not None:
-        raise TypeError(f"an ensemble cannot hold a layer of type {type(module).__name__}")
+    elif isinstance(module, nn.Dropout):
+        return JointDropout(module.p, generators)
     else:
         joint = copy.copy(module)
-        joint._modules = {name: _join(child, size) for name, child in module.named_children()}
+        joint._modules = {name: _join(child, generators) for name, child in module.named_children()}
         return joint
     for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
         copies = tensor.detach().repeat(size, *[1] * (tensor.dim() - 1)) if tensor.dim() else tensor.expand(size)
@@ -93,7 +132,7 @@ def _join(module: nn.Module, size: int) -> nn.Module:
 
 
 class Ensemble(nn.Module):
-    """`size` copies of `network` (convolutions, BatchNorm2d and linear layers), trained as one.
+    """`size` copies of `network`, trained as one. It holds several copies of what `HELD` lists, and one of any network.
 
     Called with the members' batches one after the other, [size·B, ...], it returns their logits, [size·B, classes]. The
     gradient is scaled by `size`, so that a loss averaged over the whole batch gives each member the gradient it would get
@@ -103,21 +142,24 @@ class Ensemble(nn.Module):
     those of all members, one after the other.
 
     members: ordinary networks that share their tensors with the ensemble.
-    generators: each member's own source of randomness (None: the global one), for methods and loaders to draw from.
-    Raises TypeError for a layer with parameters of another type.
+    generators: each member's own source of randomness (None: the global one), for methods, loaders and dropout to draw from.
+    Raises TypeError when several copies of a layer cannot be held.
     """
 
     def __init__(self, network: nn.Module, size: int, generators: list[torch.Generator] | None = None):
         super().__init__()
-        self.network = _join(network, size).to(next(network.parameters()).device, memory_format=torch.channels_last)
         self.generators = generators or [None] * size
+        layer = obstacle(network)
+        if layer and size > 1:
+            raise TypeError(f"an ensemble cannot hold a layer of type {layer}")
+        joint = copy.deepcopy(network) if layer else _join(network, self.generators)
+        self.network = joint.to(next(network.parameters()).device, memory_format=torch.channels_last)
         joint = dict([*self.named_parameters(), *self.named_buffers()])
         self.members = []
         for k in range(size):
             member = copy.deepcopy(network)
             for name, tensor in [*member.named_parameters(), *member.named_buffers()]:
-                part = joint[name].data
-                tensor.data = part.view(size, -1, *part.shape[1:])[k] if tensor.dim() else part[k]
+                tensor.data = joint[name].data.view(size, *tensor.shape)[k]
             self.members.append(member)
 
     # torch.nn.Module looks everything up by name through these two.

@@ -5,7 +5,7 @@ import json
 import sys
 import time
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from evaluator.files import Problem, one_line, read_json, write_csv, write_json
 from evaluator.method import Method
 from evaluator.pool import Pool
 from evaluator.runs import Setting, cost, retrained_pool, unlearned_pool
-from evaluator.training import Recipe, original_is_given, original_network, seconds_of_retraining
+from evaluator.training import Recipe, original_is_given, original_network, own_model, seconds_of_retraining
 
 HERE = Path(__file__).resolve().parent.parent
 MOST_RUNS, MOST_JOBS = 5000, 256  # the metric's table of N² epsilons takes 200 MB at 5,000
@@ -32,7 +32,8 @@ class Evaluation:
     """One data set under one split, with N networks of each kind. Whatever is already kept is read instead of made.
 
     The data are read once, when they are first needed. runs: N. second_pool: measure the ceiling with N further retrained
-    networks instead of estimating it. attacks: also run those of evaluator.attacks.
+    networks instead of estimating it. attacks: also run those of evaluator.attacks. model: a network of torchvision to use
+    in place of the folder's own; the data are then called <name>_<model>, and results and presets with them.
     """
 
     folder: Path  # of the data
@@ -41,6 +42,7 @@ class Evaluation:
     runs: int
     second_pool: bool = False
     attacks: bool = False
+    model: str | None = None
 
     @classmethod
     def of(
@@ -55,6 +57,7 @@ class Evaluation:
         attacks: bool = False,
         time_limit: float | None = None,
         keep_networks: bool = False,
+        model: str | None = None,
     ) -> "Evaluation":
         """data: a name under data/, or any folder in that layout. jobs: processes; None: one per core, or one on the GPU.
 
@@ -69,15 +72,19 @@ class Evaluation:
         device = working_device(device)
         jobs = jobs or (1 if device == "cuda" else joblib.cpu_count())
         setting = Setting(Path(results).absolute(), jobs, device, time_limit, keep_networks)
-        return cls(data_folder(data), split, setting, runs, second_pool, attacks)
+        return cls(data_folder(data), split, setting, runs, second_pool, attacks, model)
 
     @cached_property
     def data(self) -> Data:
-        return load(self.folder, self.split)
+        data = load(self.folder, self.split)
+        if self.model in (None, own_model(data)):
+            return data
+        Recipe.of(data, self.model)  # what is not a network's name must not become a folder's
+        return replace(data, name=f"{data.name}_{self.model}")
 
     @cached_property
     def recipe(self) -> Recipe:
-        return Recipe.of(self.data)
+        return Recipe.of(self.data, self.model)
 
     @property
     def title(self) -> str:
@@ -177,11 +184,12 @@ class Evaluation:
                 "config": method.config,
                 "data": self.data.name,
                 "split": self.data.split,
+                "model": self.recipe.model,
                 **scores,
                 **beside,
                 "seconds_per_run": share and share * self.retraining_seconds(),
                 "fraction_of_retraining": share,
-                "original": "given" if original_is_given(self.data) else "trained by the recipe",
+                "original": "given" if original_is_given(self.data, self.recipe) else "trained by the recipe",
                 "versions": scoring.versions(),
                 "device": self.setting.device,
                 "made_of": made_of,

@@ -1,25 +1,50 @@
-"""The competition's network, torchvision's ResNet-18, at any width; reads and writes `original_model.pth`."""
+"""torchvision's classifiers, the competition's ResNet-18 at any width among them; reads and writes `original_model.pth`."""
 
+import contextlib
+import difflib
+import functools
 import hashlib
+import reprlib
 import warnings
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
 import torch
+import torchvision
 from torch import nn
-from torchvision.models.resnet import BasicBlock, ResNet
+from torchvision.models import ResNet, get_model, list_models
 
 from evaluator.files import Problem, one_line, write_atomically
 
+CLASSIFIERS = list_models(module=torchvision.models)
 
-def resnet18(classes: int, width: int = 64, small_images: bool = False) -> ResNet:
-    """torchvision's `resnet18(num_classes=classes)`, or the same topology with other sizes.
+
+def is_resnet(model: str) -> bool:
+    """Whether a classifier can have another width, and a stem for small images."""
+    return model.startswith(("resnet", "resnext", "wide_resnet"))
+
+
+def network(
+    model: str, classes: int, width: int = 64, small_images: bool = False, size: Sequence[int] = (32, 32)
+) -> nn.Module:
+    """torchvision's `get_model(model, num_classes=classes)`; a ResNet may have the same topology with other sizes.
 
     width: channels of the first stage (the competition's 64); the following stages have 2, 4 and 8 times as many.
     small_images: a 3x3 stem with stride 1 and no max-pooling, for images too small for the 7x7 stem.
-    All 62 parameter tensors, the projection shortcuts and `fc` are there at any size, under torchvision's names.
+    All parameter tensors of a ResNet (62 in ResNet-18), the projection shortcuts and `fc` are there at any width, under
+    torchvision's names.
+    size: height and width of the images, for which a vision transformer is made; other networks take any that are large
+    enough.
     """
-    net = ResNet(BasicBlock, [2, 2, 2, 2], num_classes=classes)
+    if not is_resnet(model):
+        how = {}
+        if model.startswith("vit_"):
+            how = {"image_size": size[0]}
+        elif model in ("googlenet", "inception_v3"):  # without further outputs in training
+            how = {"aux_logits": False, "init_weights": True}
+        return get_model(model, num_classes=classes, **how)
+    net = get_model(model, num_classes=classes)
     if width != 64 or small_images:
         stem = dict(kernel_size=3, stride=1, padding=1) if small_images else dict(kernel_size=7, stride=2, padding=3)
         net.conv1, net.bn1 = nn.Conv2d(3, width, bias=False, **stem), nn.BatchNorm2d(width)
@@ -27,15 +52,61 @@ def resnet18(classes: int, width: int = 64, small_images: bool = False) -> ResNe
             net.maxpool = nn.Identity()
         net.inplanes = width
         for stage, stride in enumerate((1, 2, 2, 2)):
-            setattr(net, f"layer{stage + 1}", net._make_layer(BasicBlock, width * 2**stage, 2, stride=stride))
-        net.fc = nn.Linear(8 * width, classes)
+            name = f"layer{stage + 1}"
+            block, count = type(getattr(net, name)[0]), len(getattr(net, name))
+            setattr(net, name, net._make_layer(block, width * 2**stage, count, stride=stride))
+        net.fc = nn.Linear(net.inplanes, classes)
     initialise(net)
     return net
 
 
-def initialise(net: nn.Module, generator: torch.Generator | None = None) -> None:
-    """Draw a fresh initialisation in place, from the distributions torchvision's ResNet uses."""
+resnet18 = functools.partial(network, "resnet18")
+
+
+def trial(
+    model: str, classes: int, width: int = 64, small_images: bool = False, size: Sequence[int] = (32, 32)
+) -> nn.Module:
+    """Such a network without values, after two images have passed through it; nothing is computed but shapes.
+
+    Raises Problem when there is no such classifier, or images of that size do not pass through it.
+    """
+    if model not in CLASSIFIERS:
+        close = difflib.get_close_matches(model, CLASSIFIERS, n=5)
+        others = f"; do you mean {' or '.join(close)}?" if close else "; see torchvision.models.list_models()"
+        raise Problem(f"{reprlib.repr(model)} is not a classifier of torchvision{others}")
+    shapes_only = "cpu" if model.startswith("regnet") else "meta"  # a RegNet computes with values while it is made
+    try:
+        with torch.random.fork_rng([]), torch.device(shapes_only), torch.no_grad():
+            net = network(model, classes, width, small_images, size)
+            net.train()(torch.empty(2, 3, *size))
+    except Exception as error:  # each network has its own way to fail
+        what = model if width == 64 else f"{model} of width {width}"
+        raise Problem(f"{what} cannot take images of {size[1]}x{size[0]} pixels ({one_line(error)})") from error
+    return net
+
+
+@contextlib.contextmanager
+def seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Within it, torch's global generators begin at a seed: initialisations and dropout draw from them."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
+
+
+def initialise(
+    net: nn.Module, generator: torch.Generator | None = None, build: Callable[[], nn.Module] | None = None
+) -> None:
+    """Draw a fresh initialisation in place, from the distributions torchvision uses.
+
+    A ResNet's are known here. Any other network takes the values of a new one that `build` makes, under a seed that comes
+    from the generator.
+    """
     with torch.no_grad():
+        if not isinstance(net, ResNet):
+            where = generator.device if generator else torch.device("cpu")
+            with seeded(torch.randint(2**62, (), generator=generator, device=where).item(), where):
+                net.load_state_dict(build().state_dict())
+            return
         for module in net.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu", generator=generator)

@@ -75,7 +75,7 @@ def cost(
 
 
 def _made_from(kind: str, data: Data, recipe: Recipe) -> dict:
-    return {"kind": kind, "data": data.digest, "recipe": dataclasses.asdict(recipe)}
+    return {"kind": kind, "data": data.digest, "recipe": recipe.made_from}
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Recipes: how the original and the retrained networks are trained."""
 
 import dataclasses
+import functools
 import hashlib
 import io
 import sys
@@ -14,20 +15,22 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from evaluator.data import BOOLEAN, Allowed, Data, Examples, Loader, check, integer, number, one_of
-from evaluator.ensemble import Ensemble
+from evaluator.ensemble import Ensemble, obstacle
 from evaluator.files import Problem, read_json, write_atomically, write_json
-from evaluator.models import initialise, load_network, plain_state, resnet18
+from evaluator.models import initialise, is_resnet, load_network, network, plain_state, seeded, trial
 from evaluator.progress import progress
 
 ORIGINAL_SEED = 0
+MOST_WEIGHTS = 180_000_000  # in an ensemble, if the recipe does not say how many networks share one: those of 16 ResNet-18
 
 
 @dataclass(frozen=True)
 class Recipe:
     """How a network is trained; the defaults are the competition's (CASIA-SURF, 98.98% train, 96.43% test accuracy)."""
 
-    width: int = 64  # channels of the first stage
-    small_images: bool = False  # 3x3 stem without max-pooling
+    model: str = "resnet18"  # or any other classifier of torchvision
+    width: int = 64  # of a ResNet: channels of the first stage
+    small_images: bool = False  # of a ResNet: 3x3 stem without max-pooling
     epochs: int = 30
     batch_size: int = 64  # also of the loaders that are passed to a method
     optimizer: str = "adam"  # or "sgd", with Nesterov momentum 0.9
@@ -38,9 +41,14 @@ class Recipe:
     networks_at_once: int = 16  # K, the runs that share an ensemble; changes the last bits of a result
 
     @classmethod
-    def of(cls, data: Data) -> "Recipe":
-        """The recipe of a data folder. Raises Problem when dataset.json names an unknown field or value."""
+    def of(cls, data: Data, model: str | None = None) -> "Recipe":
+        """The recipe of a data folder. model: the network to use instead of the folder's own; if it is not a ResNet, what
+        the recipe says of a ResNet's sizes and of how many are trained at once does not apply.
+
+        Raises Problem when dataset.json names an unknown field or value, or the network does not fit the images.
+        """
         allowed: dict[str, Allowed] = {
+            "model": ("the name of a classifier of torchvision", lambda value: isinstance(value, str)),
             "width": integer(1, 1024),
             "small_images": BOOLEAN,
             "epochs": integer(1, 100_000),
@@ -52,12 +60,65 @@ class Recipe:
             "class_weighted": BOOLEAN,
             "networks_at_once": integer(1, 1024),
         }
-        check(data.recipe, allowed, f"{data.folder / 'dataset.json'}: recipe")
+        where = f"{data.folder / 'dataset.json'}: recipe"
+        check(data.recipe, allowed, where)
         # An integer may stand for a float, and means the same recipe: 1 and 1.0 share their networks.
-        return cls(**{field: type(getattr(cls, field))(value) for field, value in data.recipe.items()})
+        values = {field: type(getattr(cls, field))(value) for field, value in data.recipe.items()}
+        if model not in (None, own_model(data)):
+            where, values = "--model", values | {"model": model}
+            if not is_resnet(model):
+                values = {field: value for field, value in values.items() if field not in (*OF_RESNETS, "networks_at_once")}
+        recipe = cls(**values)
+        for field in OF_RESNETS:
+            if field in values and not is_resnet(recipe.model):
+                raise Problem(f"{where}: {field} is for ResNets, it has no meaning for {recipe.model}: leave it out")
+        try:
+            layer, weights = _facts(recipe.model, data.classes, recipe.width, recipe.small_images, image_size(data))
+        except Problem as problem:
+            raise Problem(f"{where}: {problem}") from problem
+        most, why = recipe.networks_at_once, None
+        if layer:
+            most, why = 1, f"an ensemble cannot hold a layer of type {layer}"
+        elif recipe.model != cls.model and "networks_at_once" not in values:
+            most, why = max(1, min(most, MOST_WEIGHTS // weights)), f"each has {weights / 1e6:.0f} million weights"
+        if most == 1 < recipe.networks_at_once:
+            _say(f"{recipe.model}: the networks are trained one at a time: {why}")
+        return dataclasses.replace(recipe, networks_at_once=most)
 
-    def network(self, classes: int) -> nn.Module:
-        return resnet18(classes, self.width, self.small_images)
+    @property
+    def made_from(self) -> dict:
+        """What is trained, for the keys of pools; those of ResNet-18 are as they were before there was a choice."""
+        return {field: value for field, value in vars(self).items() if (field, value) != ("model", Recipe.model)}
+
+    def network(self, classes: int, size: Sequence[int] = (32, 32)) -> nn.Module:
+        """size: height and width of the images."""
+        return network(self.model, classes, self.width, self.small_images, size)
+
+
+OF_RESNETS = ("width", "small_images")  # fields of a recipe
+
+
+@functools.cache
+def _facts(model: str, *sizes) -> tuple[str | None, int]:
+    """(the layer that keeps an ensemble from holding several, the number of weights). Raises Problem as `trial` does."""
+    net = trial(model, *sizes)
+    return obstacle(net), sum(parameter.numel() for parameter in net.parameters())
+
+
+@functools.cache
+def _say(line: str) -> None:
+    """Once per command."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def own_model(data: Data) -> str:
+    """The network that a data folder's recipe names."""
+    return data.recipe.get("model", Recipe.model)
+
+
+def image_size(data: Data) -> tuple[int, int]:
+    """Height and width."""
+    return tuple(data.retain.images.shape[2:])
 
 
 def generators(seeds: Sequence[int], device: torch.device | str) -> list[torch.Generator]:
@@ -115,33 +176,40 @@ def _mean_loss(logits: Tensor, labels: Tensor, weight: Tensor | None, members: i
 
 
 def original_network(data: Data, recipe: Recipe) -> nn.Module:
-    """The network to unlearn from: `original_model.pth` of the data folder, trained into it when it is not there.
+    """The network to unlearn from: the data folder's file at `original_path`, trained into it when it is not there.
 
-    A network trained here has a note beside it, original_model.json. Raises Problem when the note says that it was trained
+    A network trained here has a note beside it, as .json. Raises Problem when the note says that it was trained
     with another recipe or on other images; a file from elsewhere, such as Kaggle's, is used as it is.
     """
-    path = data.folder / "original_model.pth"
+    path = original_path(data, recipe)
     if not path.exists():
         train_original(data, recipe)
-    elif not original_is_given(data):
-        kept, now = read_json(_note(path)), _original_made_from(data, recipe)
+    elif not original_is_given(data, recipe):
+        # Before there was a choice, every network was a ResNet-18, and its note did not say so.
+        kept, now = {"model": Recipe.model} | read_json(_note(path)), _original_made_from(data, recipe)
         changed = [name for name, value in now.items() if kept.get(name) != value]
         if changed:
             name = changed[0]
             what = f"{name} was {kept.get(name)!r}, is now {now[name]!r}" if name in vars(recipe) else f"other {name}"
             raise Problem(f"{path}: trained differently ({what}): delete it to have it trained again, or undo the change")
-    net = recipe.network(data.classes).to(data.retain.images.device)
+    net = recipe.network(data.classes, image_size(data)).to(data.retain.images.device)
     load_network(net, path)
     return net.eval()
 
 
+def original_path(data: Data, recipe: Recipe) -> Path:
+    """original_model.pth, or original_model_<model>.pth where it is not the network that the folder's own recipe names."""
+    return data.folder / ("original_model.pth" if recipe.model == own_model(data) else f"original_model_{recipe.model}.pth")
+
+
 def train_original(data: Data, recipe: Recipe) -> None:
     """Train the network to unlearn from on the retain and forget sets together, and write it into the data folder."""
-    path = data.folder / "original_model.pth"
+    path = original_path(data, recipe)
     device = data.retain.images.device
-    net, (source,) = recipe.network(data.classes).to(device), generators([ORIGINAL_SEED], device)
-    initialise(net, source)
-    with one_thread(), progress("original", recipe.epochs, "epoch") as bar:
+    build = functools.partial(recipe.network, data.classes, image_size(data))
+    net, (source,) = build().to(device), generators([ORIGINAL_SEED], device)
+    initialise(net, source, build)
+    with seeded(ORIGINAL_SEED, device), one_thread(), progress("original", recipe.epochs, "epoch") as bar:
         for done, steps in train(net, data.train, recipe, data.class_counts, [source]):
             if done * recipe.epochs % steps == 0:
                 bar.update()
@@ -153,9 +221,9 @@ def train_original(data: Data, recipe: Recipe) -> None:
     write_atomically(path, lambda file: file.write(content.getvalue()))
 
 
-def original_is_given(data: Data) -> bool:
-    """Whether original_model.pth came from elsewhere, so that nobody knows how it was trained."""
-    path = data.folder / "original_model.pth"
+def original_is_given(data: Data, recipe: Recipe) -> bool:
+    """Whether the original network came from elsewhere, so that nobody knows how it was trained."""
+    path = original_path(data, recipe)
     return read_json(_note(path)).get("sha256") != hashlib.sha256(path.read_bytes()).hexdigest()
 
 
@@ -174,11 +242,13 @@ def retrain(data: Data, recipe: Recipe, seeds: Sequence[int]) -> Ensemble:
     """Networks trained on the retain set alone, each with its own initialisation and data order."""
     device = data.retain.images.device
     sources = generators(seeds, device)
-    ensemble = Ensemble(recipe.network(data.classes).to(device), len(seeds), sources)
+    build = functools.partial(recipe.network, data.classes, image_size(data))
+    ensemble = Ensemble(build().to(device), len(seeds), sources)
     for member, source in zip(ensemble.members, sources, strict=True):
-        initialise(member, source)
-    for _ in train(ensemble, data.retain, recipe, data.class_counts, sources):
-        pass
+        initialise(member, source, build)
+    with seeded(seeds[0], device):  # an ensemble of one may hold layers that draw from torch's global generator
+        for _ in train(ensemble, data.retain, recipe, data.class_counts, sources):
+            pass
     return ensemble
 
 
@@ -193,7 +263,7 @@ def worker_seconds(device: torch.device) -> float:
 def seconds_of_retraining(data: Data, recipe: Recipe, at_most: float = 10.0) -> float:
     """Seconds that one retraining takes alone on one thread; what is left after `at_most` seconds is extrapolated."""
     device = data.retain.images.device
-    net, sources = recipe.network(data.classes).to(device), generators([0], device)
+    net, sources = recipe.network(data.classes, image_size(data)).to(device), generators([0], device)
     with one_thread(), progress("one retraining", recipe.epochs, "epoch") as bar:
         start = worker_seconds(device)
         for done, steps in train(net, data.retain, recipe, data.class_counts, sources):

@@ -64,10 +64,18 @@ def unlearning(net, retain_loader, forget_loader, val_loader, config: Config = C
 @torch.no_grad()
 def reset(net: nn.Module, generator: torch.Generator | None) -> None:
     """Redraw the first convolution and the last layer as PyTorch initialises them, within ±1/√fan_in, in place."""
-    for layer in (net.conv1, net.fc):
+    for layer in (layers(net, nn.Conv2d)[0], layers(net, nn.Linear)[-1]):
         bound = layer.weight[0].numel() ** -0.5
         for parameter in layer.parameters():
             parameter.uniform_(-bound, bound, generator=generator)
+
+
+def layers(net: nn.Module, kind: type) -> list:
+    """A network's layers of a kind, in order. Raises ValueError if there is none."""
+    found = [layer for layer in net.modules() if isinstance(layer, kind)]
+    if not found:
+        raise ValueError(f"this method needs a layer of type {kind.__name__}, and the network has none")
+    return found
 
 
 def imitate(net: nn.Module, teacher: nn.Module, loader, config: Config) -> None:

@@ -79,11 +79,17 @@ def untrained(net: nn.Module, images: Tensor, generator: torch.Generator | None)
     for layer in fresh.modules():
         if isinstance(layer, nn.Conv2d):
             nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu", generator=generator)
+            if layer.bias is not None:
+                layer.bias.zero_()
         elif isinstance(layer, nn.Linear):
             for parameter in layer.parameters():
                 parameter.uniform_(-(layer.in_features**-0.5), layer.in_features**-0.5, generator=generator)
-        elif isinstance(layer, nn.BatchNorm2d):
+        elif isinstance(layer, (nn.BatchNorm2d, nn.LayerNorm, nn.GroupNorm)):
             layer.reset_parameters()
+        else:  # of transformers: attention, tokens, positions and scales begin near 0
+            for parameter in layer.parameters(recurse=False):
+                parameter.normal_(std=0.02, generator=generator)
+        if isinstance(layer, nn.BatchNorm2d):
             layer.momentum = 1.0  # what is seen last replaces what was there
     fresh(images)
     return fresh.eval()

@@ -2,10 +2,12 @@
 
 From Goel et al. (2022), https://arxiv.org/abs/2201.06640. Not scored in the competition. The rate and the epochs are
 those of the baseline in Kurmanji et al. (NeurIPS 2023), https://arxiv.org/abs/2302.09880. What is kept is kept to the
-bit, batch norm statistics included. Our choices: the blocks are residual blocks, and fc is trained too; momentum; the
-learning rate drops after parts of the steps (theirs: layer4 alone, no momentum, a constant rate).
+bit, batch norm statistics included. Our choices: the blocks are a ResNet's residual blocks, or whatever other networks
+hold one after the other in an nn.Sequential, and the last linear layer (fc) is trained too; momentum; the learning rate
+drops after parts of the steps (theirs: layer4 alone, no momentum, a constant rate).
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain, islice, repeat
 from typing import Annotated
@@ -50,10 +52,26 @@ def unlearning(net, retain_loader, forget_loader, val_loader, config: Config = C
 
 
 def last_blocks(net: nn.Module, count: int) -> tuple[str, ...]:
-    """How the names of all that is trained begin: the last residual blocks, and fc."""
-    stages = [(name, stage) for name, stage in net.named_children() if isinstance(stage, nn.Sequential)]
-    blocks = [f"{name}.{index}." for name, stage in stages for index in range(len(stage))]
-    return (*blocks[max(0, len(blocks) - count) :], "fc.")
+    """How the names of all that is trained begin: the layers of the last `count` blocks, and all that follow.
+
+    Raises ValueError if the network has no blocks, or no linear layer.
+    """
+    layers = [f"{name}." for name, layer in net.named_modules() if [*layer.parameters(recurse=False)]]
+    last = [f"{name}." for name, layer in net.named_modules() if isinstance(layer, nn.Linear)][-1:]
+    found = [block for block in blocks(net) if block not in last]
+    if not (last and found):
+        raise ValueError("this method needs a network with blocks in an nn.Sequential and a linear layer at the end")
+    first = [*found, *last][max(0, len(found) - count)]
+    return tuple(layers[[layer.startswith(first) for layer in layers].index(True) :])
+
+
+def blocks(module: nn.Module, name: str = "") -> Iterator[str]:
+    """How the names of the blocks begin: of what an nn.Sequential holds, if there are weights in it."""
+    for entry, part in module.named_children():
+        if type(part) is nn.Sequential or not isinstance(module, nn.Sequential):
+            yield from blocks(part, f"{name}{entry}.")
+        elif any(isinstance(layer, (nn.Conv2d, nn.Linear)) for layer in part.modules()):
+            yield f"{name}{entry}."
 
 
 def train(net: nn.Module, trained: tuple[str, ...], loader, config: Config) -> None:
@@ -62,7 +80,7 @@ def train(net: nn.Module, trained: tuple[str, ...], loader, config: Config) -> N
     net.train()
     for name, layer in net.named_modules():
         if isinstance(layer, nn.BatchNorm2d):
-            layer.train(name.startswith(trained))
+            layer.train(f"{name}.".startswith(trained))
     for name, parameter in net.named_parameters():
         parameter.requires_grad_(name.startswith(trained))
     steps = max(1, round(config.epochs * len(loader)))

@@ -107,4 +107,6 @@ def damage(
         nn.init.kaiming_normal_(fresh, mode="fan_out", nonlinearity="relu", generator=generator)
         parameter.copy_(torch.where(redrawn, fresh, parameter))
         scales[name] = torch.ones_like(parameter).masked_fill_(~redrawn, config.kept_gradient)
+    if not scales:
+        raise ValueError("this method needs a layer of type Conv2d, and the network has none")
     return scales

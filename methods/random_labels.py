@@ -11,7 +11,7 @@ from itertools import chain, islice, repeat
 from typing import Annotated
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
@@ -49,7 +49,7 @@ def unlearning(net, retain_loader, forget_loader, val_loader, config: Config = C
     device = next(net.parameters()).device
     members = getattr(net, "members", [net])  # K networks trained as one, or the one there is
     generators = getattr(net, "generators", [None])  # where each draws its randomness; None: torch's global generator
-    classes = members[0].fc.out_features
+    classes = layers(members[0], nn.Linear)[-1].out_features
     steps = max(1, round(config.epochs * len(retain_loader)))
     optimizer = torch.optim.SGD(
         net.parameters(), lr=config.learning_rate, momentum=config.momentum, weight_decay=config.weight_decay, fused=True
@@ -67,6 +67,14 @@ def unlearning(net, retain_loader, forget_loader, val_loader, config: Config = C
         loss.backward()
         optimizer.step()
     net.eval()
+
+
+def layers(net: nn.Module, kind: type) -> list:
+    """A network's layers of a kind, in order. Raises ValueError if there is none."""
+    found = [layer for layer in net.modules() if isinstance(layer, kind)]
+    if not found:
+        raise ValueError(f"this method needs a layer of type {kind.__name__}, and the network has none")
+    return found
 
 
 def wrong_labels(labels: Tensor, classes: int, generators: list) -> Tensor:

@@ -52,7 +52,7 @@ def unlearning(net, retain_loader, forget_loader, val_loader, config: Config = C
     device = next(net.parameters()).device
     members = getattr(net, "members", [net])  # K networks trained as one, or the one there is
     generators = getattr(net, "generators", [None])  # where each draws its randomness; None: torch's global generator
-    classes = members[0].fc.out_features
+    classes = layers(members[0], nn.Linear)[-1].out_features
     masks = salient(net, forget_loader, config.share, len(members))
     optimizer = torch.optim.SGD(net.parameters(), lr=config.learning_rate, momentum=config.momentum, fused=True)
     retain_batches, forget_batches = (chain.from_iterable(repeat(loader)) for loader in (retain_loader, forget_loader))
@@ -75,6 +75,14 @@ def unlearning(net, retain_loader, forget_loader, val_loader, config: Config = C
                 parameter.grad.add_(parameter.detach(), alpha=config.weight_decay).mul_(masks[name])
             optimizer.step()
     net.eval()
+
+
+def layers(net: nn.Module, kind: type) -> list:
+    """A network's layers of a kind, in order. Raises ValueError if there is none."""
+    found = [layer for layer in net.modules() if isinstance(layer, kind)]
+    if not found:
+        raise ValueError(f"this method needs a layer of type {kind.__name__}, and the network has none")
+    return found
 
 
 def salient(net: nn.Module, forget_loader, share: float, size: int = 1) -> dict[str, Tensor]:

@@ -54,7 +54,8 @@ def unlearning(net, retain_loader, forget_loader, val_loader, config: Config = C
     generators = getattr(net, "generators", [None])  # where each draws its randomness; None: torch's global generator
     teacher = copy.deepcopy(members[0]).eval().requires_grad_(False)
     labels = torch.cat([batch["age_group"] for batch in retain_loader]).to(device)
-    counts = labels.bincount(minlength=teacher.fc.out_features).to(teacher.fc.weight) / len(members)
+    last = layers(teacher, nn.Linear)[-1]
+    counts = labels.bincount(minlength=last.out_features).to(last.weight) / len(members)
     class_weights = counts.clamp(min=1) ** config.class_power
     for member, generator in zip(members, generators, strict=True):
         damage(member, config.share, generator)
@@ -76,11 +77,19 @@ def unlearning(net, retain_loader, forget_loader, val_loader, config: Config = C
     net.eval()
 
 
+def layers(net: nn.Module, kind: type) -> list:
+    """A network's layers of a kind, in order. Raises ValueError if there is none."""
+    found = [layer for layer in net.modules() if isinstance(layer, kind)]
+    if not found:
+        raise ValueError(f"this method needs a layer of type {kind.__name__}, and the network has none")
+    return found
+
+
 @torch.no_grad()
 def damage(net: nn.Module, share: float, generator: torch.Generator | None) -> None:
     """Redraw the `share` of all weights with the smallest absolute values, uniformly within ±1/√fan_in, in place."""
-    layers = [layer for layer in net.modules() if isinstance(layer, (nn.Conv2d, nn.Linear))]
-    tensors = [tensor for layer in layers for tensor in (layer.weight, layer.bias) if tensor is not None]
+    damaged = [layer for layer in net.modules() if isinstance(layer, (nn.Conv2d, nn.Linear))]
+    tensors = [tensor for layer in damaged for tensor in (layer.weight, layer.bias) if tensor is not None]
     sizes = torch.cat([tensor.abs().flatten() for tensor in tensors])
     if count := round(share * len(sizes)):
         largest_redrawn = sizes.kthvalue(count).values

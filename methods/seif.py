@@ -83,8 +83,16 @@ def unlearning(net, retain_loader, forget_loader, val_loader, config: Config = C
 @torch.no_grad()
 def damage(net: nn.Module, deviation: float, generator: torch.Generator | None) -> None:
     """Add Gaussian noise to the first convolution's weights, in place."""
-    weight = net.conv1.weight
+    weight = layers(net, nn.Conv2d)[0].weight
     weight.add_(weight.new_empty(weight.shape).normal_(generator=generator), alpha=deviation)
+
+
+def layers(net: nn.Module, kind: type) -> list:
+    """A network's layers of a kind, in order. Raises ValueError if there is none."""
+    found = [layer for layer in net.modules() if isinstance(layer, kind)]
+    if not found:
+        raise ValueError(f"this method needs a layer of type {kind.__name__}, and the network has none")
+    return found
 
 
 def weighted_loss(logits: Tensor, labels: Tensor, config: Config, size: int = 1) -> Tensor:

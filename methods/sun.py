@@ -4,7 +4,7 @@ By Sun, 7th in the NeurIPS 2023 Unlearning Challenge:
 https://www.kaggle.com/competitions/neurips-2023-machine-unlearning/discussion/459095. Its score was not published. This
 follows the port in https://github.com/xcadet/deepunlearn (munl/unlearning/kgltop7.py). There, the first round trains
 random parts already (in the write-up: the whole network); norm layers are recognised by "bn" in their names, so that
-those of the projection shortcuts are among the random parts; and a tensor that was drawn before gets no noise. Our
+those of a ResNet's projection shortcuts are among the random parts; and a tensor that was drawn before gets no noise. Our
 addition: there may be fewer epochs than rounds.
 """
 
@@ -80,9 +80,18 @@ def unlearning(net, retain_loader, forget_loader, val_loader, config: Config = C
 @torch.no_grad()
 def reset(net: nn.Module, generator: torch.Generator | None) -> None:
     """Redraw the last layer as PyTorch initialises it, in place."""
-    bound = net.fc.in_features**-0.5
-    for parameter in net.fc.parameters():
+    last = layers(net, nn.Linear)[-1]
+    bound = last.in_features**-0.5
+    for parameter in last.parameters():
         parameter.uniform_(-bound, bound, generator=generator)
+
+
+def layers(net: nn.Module, kind: type) -> list:
+    """A network's layers of a kind, in order. Raises ValueError if there is none."""
+    found = [layer for layer in net.modules() if isinstance(layer, kind)]
+    if not found:
+        raise ValueError(f"this method needs a layer of type {kind.__name__}, and the network has none")
+    return found
 
 
 @torch.no_grad()
@@ -94,7 +103,8 @@ def choose(
     before: those drawn in earlier rounds; this round's are added.
     """
     parameters = dict(net.named_parameters())
-    pool = [name for name in parameters if "bn" not in name]
+    norms = norm_parameters(net)
+    pool = [name for name in parameters if name not in norms]
     where = generator.device if generator else "cpu"
     drawn = [pool[i] for i in torch.randperm(len(pool), generator=generator, device=where)[: config.tensors].tolist()]
     if with_noise:
@@ -104,7 +114,17 @@ def choose(
                 noise = parameter.new_empty(parameter.shape).normal_(generator=generator)
                 parameter.add_(noise, alpha=config.noise)
     before.update(drawn)
-    return {name for name in parameters if name in drawn or "bn" in name}
+    return norms.union(drawn)
+
+
+def norm_parameters(net: nn.Module) -> set[str]:
+    """The names of the norm layers' parameters, without those of projection shortcuts."""
+    return {
+        f"{layer_name}.{name}"
+        for layer_name, layer in net.named_modules()
+        if isinstance(layer, (nn.BatchNorm2d, nn.LayerNorm, nn.GroupNorm)) and "downsample" not in layer_name
+        for name, _ in layer.named_parameters()
+    }
 
 
 def train(net: nn.Module, batches, rate: float, masks: dict[str, Tensor] | None, config: Config) -> None:

@@ -88,7 +88,7 @@ def unlearning(net, retain_loader, forget_loader, val_loader, config: Config = C
 def pseudo_labels(original: nn.Module, forget, likely: float) -> tuple[Tensor, Tensor]:
     """(images, pseudo-labels) of the forget examples whose likeliest wrong class is likely enough."""
     samples = [forget[index] for index in range(len(forget))]
-    images = torch.stack([sample["image"] for sample in samples]).to(original.fc.weight)
+    images = torch.stack([sample["image"] for sample in samples]).to(next(original.parameters()))
     labels = torch.tensor([int(sample["age_group"]) for sample in samples], device=images.device)
     original.eval()
     probabilities = torch.cat([original(part) for part in images.split(256)]).softmax(-1)
@@ -103,12 +103,20 @@ def insert(images: Tensor, labels: Tensor, relabelled: tuple[Tensor, Tensor], co
     images[:count], labels[:count] = (values[drawn] for values in relabelled)
 
 
+def layers(net: nn.Module, kind: type) -> list:
+    """A network's layers of a kind, in order. Raises ValueError if there is none."""
+    found = [layer for layer in net.modules() if isinstance(layer, kind)]
+    if not found:
+        raise ValueError(f"this method needs a layer of type {kind.__name__}, and the network has none")
+    return found
+
+
 @torch.no_grad()
 def transpose(net: nn.Module, share: float, generator: torch.Generator | None) -> None:
     """Swap the spatial axes of the kernels of a random `share` of the convolutions, in place."""
-    # A kernel of a single weight stays as it is: it is not among those drawn.
-    layers = [layer for layer in net.modules() if isinstance(layer, nn.Conv2d) and layer.weight[0, 0].numel() > 1]
-    order = torch.randperm(len(layers), generator=generator, device=generator.device if generator else "cpu")
-    for index in order[: max(1, round(share * len(layers)))].tolist():
-        weight = layers[index].weight
+    # Only among kernels that it changes and fits: a single weight would stay as it is.
+    square = [layer for layer in layers(net, nn.Conv2d) if layer.kernel_size[0] == layer.kernel_size[1] > 1]
+    order = torch.randperm(len(square), generator=generator, device=generator.device if generator else "cpu")
+    for index in order[: max(1, round(share * len(square)))].tolist():
+        weight = square[index].weight
         weight.copy_(weight.transpose(2, 3).clone())

@@ -55,7 +55,7 @@ def test_the_recipe_of_a_folder(data, recipe):
 @pytest.mark.parametrize(
     "change, words",
     [
-        ({"epoch": 3}, "'epoch' is unknown; allowed are 'width', 'small_images', 'epochs', "),
+        ({"epoch": 3}, "'epoch' is unknown; allowed are 'model', 'width', 'small_images', 'epochs', "),
         ({"optimizer": "lion"}, "optimizer is 'lion', it must be one of adam, sgd"),
         ({"optimizer": ["adam"]}, "optimizer is ['adam'], it must be one of adam, sgd"),
         ({"schedule": None}, "schedule is None, it must be one of cosine, one_cycle"),
