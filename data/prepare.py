@@ -8,6 +8,9 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
+import casia_surf
+import own
+import people
 from digits import digits
 from layout import DataSet, write
 
@@ -25,6 +28,12 @@ class Source:
 
 SOURCES = {
     "digits": Source(digits, "scikit-learn's 1,797 handwritten digits, 8 x 8; nothing is downloaded"),
+    "folder": Source(own.folder, "your own images: a CSV file, or one folder per class", own.folder_options),
+    "utkface": Source(people.utkface, "UTKFace, that you have or from Kaggle: age groups", people.utkface_options),
+    "agedb": Source(people.agedb, "AgeDB, that you have or from Kaggle: age groups, subjects", people.options),
+    "mufac": Source(people.mufac, "MUFAC, that you have or from Kaggle: age classes, subjects", people.options),
+    "lfw": Source(people.lfw, "LFW, that you have or from Kaggle: the people with most photographs", people.lfw_options),
+    "casia-surf": Source(casia_surf.casia_surf, "the competition's faces, for holders of the licence", casia_surf.options),
 }
 
 
