@@ -1,3 +1,5 @@
+# make data                make data/<DATA>/: digits, fashion-small, fashion, faces (synthetic), cifar10; FROM=/path where the
+#                          images are yours to bring: utkface, mufac, agedb, lfw, casia-surf (data/README.md)
 # make evaluate            score unlearning.py beside the baselines; RUNS=64 for a first impression
 #                          METHOD=my_method.py scores another file, ATTACKS=1 adds further attacks beside the score
 #                          SPLIT='private*' scores on all private forget sets: means and their errors
@@ -11,8 +13,8 @@
 # make submit              upload the notebook and submit it; DRY=1 prints the commands instead
 # make test                lint and tests
 # make format              reformat the code as `make test` wants it
-# make clean               delete results/, data/digits/ and caches
-# Defaults where a target takes them: DATA=digits SPLIT=public RUNS=512. JOBS=1 uses one core only.
+# make clean               delete results/, caches and the data that code makes again
+# Data that are missing are made first. Defaults where a target takes them: DATA=digits SPLIT=public RUNS=512. JOBS=1 uses one core only.
 # Every target sets up what it needs; VENV=/path/to/environment uses an environment that exists.
 
 VENV ?= .venv
@@ -24,30 +26,37 @@ METHOD ?=
 JOBS ?=
 ATTACKS ?=
 PAGE ?=
+FROM ?=
 RUN := $(VENV)/bin/python
 ON := --data $(DATA) $(if $(JOBS),--jobs $(JOBS))
+# DATA is a name under data/, or any folder.
+READY := $(VENV)/.ready $(if $(wildcard $(DATA)/.),,data/$(DATA)/dataset.json)
+READY_DEV := $(VENV)/.ready-dev $(READY)
 
-.PHONY: evaluate report tune ladder leaderboard notebook rehearse submit test lint format clean
+.PHONY: data evaluate report tune ladder leaderboard notebook rehearse submit test lint format clean
 
-evaluate: $(VENV)/.ready data/digits/dataset.json
+data: $(VENV)/.ready
+	$(RUN) data/prepare.py $(DATA) $(if $(FROM),--from $(FROM))
+
+evaluate: $(READY)
 	$(RUN) evaluate.py $(METHOD) $(ON) --split '$(SPLIT)' --runs $(RUNS) $(if $(ATTACKS),--attacks)
 
-report: $(VENV)/.ready data/digits/dataset.json
+report: $(READY)
 	$(RUN) evaluate.py report $(ON) --split '$(SPLIT)' --runs $(RUNS)
 
-tune: $(VENV)/.ready-dev data/digits/dataset.json
+tune: $(READY_DEV)
 	$(RUN) -m evaluator.tuning $(METHOD) $(ON)
 
-ladder: $(VENV)/.ready data/digits/dataset.json
+ladder: $(READY)
 	$(RUN) -m benchmarks.ladder $(ON) --split $(SPLIT) --runs $(RUNS)
 
-leaderboard: $(VENV)/.ready data/digits/dataset.json
+leaderboard: $(READY)
 	$(RUN) -m benchmarks.leaderboard $(ON) --runs $(RUNS) $(if $(PAGE),--page $(PAGE))
 
 notebook: $(VENV)/.ready-dev
 	$(RUN) notebooks/build.py
 
-rehearse: $(VENV)/.ready-dev data/digits/dataset.json
+rehearse: $(READY_DEV)
 	$(RUN) notebooks/rehearse.py --data $(DATA) --split $(SPLIT)
 
 submit: $(VENV)/.ready-dev
@@ -64,8 +73,13 @@ format: $(VENV)/.ready-dev
 	$(RUN) -m ruff check --fix .
 	$(RUN) -m ruff format .
 
-data/digits/dataset.json: data/prepare.py | $(VENV)/.ready
-	$(RUN) data/prepare.py digits
+data/%/dataset.json: | $(VENV)/.ready
+	$(RUN) data/prepare.py $*
+
+# What is made by code alone is made anew when that has changed.
+data/digits/dataset.json: data/digits.py data/layout.py
+data/faces/dataset.json: data/faces.py data/layout.py
+data/fashion-small/dataset.json data/fashion/dataset.json: data/fashion.py data/layout.py
 
 # An environment that has everything is left as it is, also one that cannot be written to.
 $(VENV)/.ready: requirements.txt
@@ -79,4 +93,4 @@ $(VENV)/.ready-dev: requirements.txt requirements-dev.txt
 	-@touch $@ $(VENV)/.ready
 
 clean:
-	rm -rf results data/digits .pytest_cache .ruff_cache .hypothesis
+	rm -rf results data/digits data/faces data/fashion-small .pytest_cache .ruff_cache .hypothesis
