@@ -8,6 +8,7 @@
 # make ladder              unlearning.py's published ablation, row by row
 # make leaderboard         all methods with their tuned values, on all private forget sets: results/digits/RESULTS.md
 #                          PAGE=RESULTS.md replaces the kit's own page and docs/leaderboard.png instead
+#                          PUBLISHED=1 takes published values instead of tuned ones: results/<data>/PUBLISHED.md
 # make notebook            notebooks/*.ipynb from unlearning.py and their sources
 # make rehearse            Kaggle on this machine: runs the notebook, checks and scores its submission.zip
 # make submit              upload the notebook and submit it; DRY=1 prints the commands instead
@@ -27,6 +28,7 @@ JOBS ?=
 ATTACKS ?=
 PAGE ?=
 FROM ?=
+PUBLISHED ?=
 RUN := $(VENV)/bin/python
 ON := --data $(DATA) $(if $(JOBS),--jobs $(JOBS))
 # DATA is a name under data/, or any folder.
@@ -51,7 +53,7 @@ ladder: $(READY)
 	$(RUN) -m benchmarks.ladder $(ON) --split $(SPLIT) --runs $(RUNS)
 
 leaderboard: $(READY)
-	$(RUN) -m benchmarks.leaderboard $(ON) --runs $(RUNS) $(if $(PAGE),--page $(PAGE))
+	$(RUN) -m benchmarks.leaderboard $(ON) --runs $(RUNS) $(if $(PUBLISHED),--published) $(if $(PAGE),--page $(PAGE))
 
 notebook: $(VENV)/.ready-dev
 	$(RUN) notebooks/build.py

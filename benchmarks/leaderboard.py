@@ -1,14 +1,20 @@
-"""All methods, tuned alike, on every private forget set: prints a table, writes leaderboard.csv and RESULTS.md.
+"""All methods, tuned alike or as published, on every private forget set: a table, leaderboard.csv and RESULTS.md.
 
     python -m benchmarks.leaderboard            N = 512 (make leaderboard); resumes where it was interrupted
     python -m benchmarks.leaderboard --runs 64  a first impression
     python -m benchmarks.leaderboard --page RESULTS.md          the kit's own page (make leaderboard PAGE=RESULTS.md)
+    python -m benchmarks.leaderboard --data faces --published   published values: published.csv and PUBLISHED.md
 
 Every method uses the values that `make tune` found on public forget sets; unlearning.py also appears with its presets.
 Methods are ranked by their mean score over the private forget sets, none of which was used to choose any value.
+
+--published takes the values that each method was published with, untouched except for one rule for all: learning rates are
+multiplied by the competition's steps per epoch over those of the data set, so that rates times steps stay the same. It ends
+with the rank correlation with the published scores.
 """
 
 import dataclasses
+import math
 import os
 import sys
 from pathlib import Path
@@ -19,9 +25,9 @@ from matplotlib.figure import Figure
 from evaluator import command, forget_sets
 from evaluator.attacks import ATTACKS
 from evaluator.comparison import rank_correlations, winners
-from evaluator.evaluation import HERE
+from evaluator.evaluation import HERE, Evaluation
 from evaluator.files import Problem, read_json, write_atomically, write_csv
-from evaluator.method import NO_UNLEARNING, Method
+from evaluator.method import NO_UNLEARNING, Diverged, Method
 from evaluator.report import RETRAINED, UNLEARNED
 from evaluator.scoring import COST_LIMIT, processor, versions
 from evaluator.tuning import tuned_file, tuned_values
@@ -40,6 +46,7 @@ PUBLISHED = {
     "finetune": 0.0464,
     "negrad": 0.0001,
 }
+COMPETITION_STEPS = 550  # about so many batches of 64 has an epoch of the competition's retain set
 
 
 def contestants(data: str) -> list[Method]:
@@ -50,6 +57,32 @@ def contestants(data: str) -> list[Method]:
     given = [key for key in names if key in tuned[0].presets]
     presets = [dataclasses.replace(Method.read(ours, preset=key), name=names[key]) for key in given]
     return [NO_UNLEARNING, *tuned, *presets]
+
+
+def as_published(evaluation: Evaluation) -> tuple[list[Method], float]:
+    """Every method with its published values and learning rates to match the steps per epoch, and what those are multiplied
+    by. unlearning is the published algorithm 1."""
+    factor = COMPETITION_STEPS / math.ceil(len(evaluation.data.retain) / evaluation.recipe.batch_size)
+
+    def scaled(method: Method, values: dict, name: str) -> Method:
+        rates = {field: value for field, value in values.items() if "rate" in field}
+        rates = {
+            field: tuple(factor * rate for rate in value) if isinstance(value, tuple) else factor * value
+            for field, value in rates.items()
+        }
+        return dataclasses.replace(method, config=values | rates, name=name)
+
+    ours = HERE / "unlearning.py"
+    second = Method.read(ours, preset="algorithm_2")
+    methods = map(Method.read, [ours, *sorted((HERE / "methods").glob("*.py"))])
+    each = [scaled(method, method.defaults, method.name) for method in methods]
+    return [NO_UNLEARNING, *each, scaled(second, second.config, "algorithm_2")], factor
+
+
+def correlation(means: pd.DataFrame) -> str:
+    """Spearman's rank correlation of the scores with those of the competition, for the methods that have one."""
+    both = means[means.method.isin(PUBLISHED) & ~means.method.isin(["algorithm_1", "algorithm_2"])]
+    return f"{both.score.corr(both.published, method='spearman'):.2f} ({len(both)} methods)"
 
 
 def ranked(table: pd.DataFrame, summaries: dict[str, list[dict]]) -> pd.DataFrame:
@@ -133,25 +166,35 @@ def budget(data: str) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = command.parser(__doc__, "split", split="private*")
-    parser.add_argument("--page", type=Path, help="the page to write (default: <results>/<data>/RESULTS.md)")
+    parser.add_argument("--published", action="store_true", help="published values, rates adapted to the number of steps")
+    parser.add_argument("--page", type=Path, help="the page to write (default: <results>/<data>/RESULTS.md or PUBLISHED.md)")
     args = parser.parse_args(arguments)
     return command.run(lambda: write(args))
 
 
 def write(args) -> None:
-    tables, summaries, minutes = [], {}, 0.0
+    tables, summaries, diverged, minutes = [], {}, {}, 0.0
     for split in command.splits_asked(args):
         evaluation = command.evaluation(args, split=split, attacks=True)
         data = evaluation.data.name
-        searched = budget(data)  # before any work
-        methods = contestants(data)
+        if args.published:
+            methods, factor = as_published(evaluation)
+            values = AS_PUBLISHED.format(factor=factor)
+        else:
+            values = TUNED.format(budget=budget(data), data=data)  # before any work
+            methods = contestants(data)
         for method in methods:
-            summaries.setdefault(method.name, []).append(evaluation.score(method))
-        scored = [summaries[method.name][-1] for method in methods]
+            try:
+                summaries.setdefault(method.name, []).append(evaluation.score(method))
+            except Diverged as problem:
+                print(f"left out: {problem}", file=sys.stderr, flush=True)
+                diverged[method.name] = split
+        scored = [summaries[method.name][-1] for method in methods if method.name not in diverged]
         tables.append(forget_sets.per_set(scored, evaluation.ceiling()))
-        pools = [evaluation.retrained(), *(evaluation.unlearned(method) for method in methods)]
+        pools = [evaluation.retrained(), *(evaluation.unlearned(one) for one in methods if one.name not in diverged)]
         minutes += sum(pool.load(range(args.runs))["seconds"].sum().item() for pool in pools) / 60
     table = pd.concat(tables)
+    table = table[~table.method.isin(diverged)]
     means = ranked(table, summaries)
     by_judge = (
         means[means["rank"].notna()]
@@ -159,37 +202,58 @@ def write(args) -> None:
         .rename(columns={"forgetting_quality": "F"})[["score", "F", *ATTACKS]]
     )
     judges = rank_correlations(by_judge)
-    folder = evaluation.setting.results / data
-    write_csv(folder / "leaderboard.csv", means)
+    folder, kind = evaluation.setting.results / data, "published" if args.published else "leaderboard"
+    write_csv(folder / f"{kind}.csv", means)
     sets = forget_sets.title(data, table)
-    page = args.page or folder / "RESULTS.md"
-    picture = page.parent / ("docs" if args.page else "") / "leaderboard.png"
+    page = args.page or folder / ("PUBLISHED.md" if args.published else "RESULTS.md")
+    picture = page.parent / ("docs" if args.page else "") / f"{kind}.png"
     title = f"{data}, {table.split.nunique()} private forget sets, {args.runs} runs"
     draw(table, means, picture, title)
     shown = as_text(means)
+    left_out = "".join(f"\n\n{name} is left out: it diverges on {split}." for name, split in diverged.items())
     text = RESULTS.format(
         data=data,
         title=title,
         sets=sets.removeprefix(f"{data}: ").removesuffix(f", {args.runs} runs"),
         runs=args.runs,
-        table=markdown(shown, 2),
+        table=markdown(shown, 2) + left_out,
         per_split=markdown(per_split(table, means.method.tolist()), 0),
         kit=Path(os.path.relpath(HERE, page.parent)).as_posix(),
         picture=picture.relative_to(page.parent),
         agreement=agreement(table),
+        correlation=correlation(means),
         judges=markdown(judges.map("{:.2f}".format).reset_index(names=""), 0),
         winners="\n".join(f"- {line}" for line in winners(by_judge).split("; ")),
-        budget=searched,
+        values=values,
+        command=" ".join(
+            [
+                "make leaderboard",
+                *(["DATA=" + data] if data != "digits" else []),
+                *(["PUBLISHED=1"] if args.published else []),
+            ]
+        ),
         minutes=minutes,
         machine=", ".join([processor(), versions()["processor"], f"torch {versions()['torch']}"]),
     )
     write_atomically(page, lambda file: file.write(text.encode()))
-    print(f"\n{sets}\n{shown.to_string(index=False)}\n\nrank correlations between judges")
+    print(f"\n{sets}\n{shown.to_string(index=False)}{left_out}\n\nrank correlations between judges")
     print(judges.round(2).to_string())
     print(f"the best method {winners(by_judge)}")
     print(f"\na ranking on one forget set against the mean of the others: {agreement(table)}")
+    print(f"the ranking against the published scores: {correlation(means)}")
     print(f"\n{minutes:.0f} minutes of processor time in the kept runs; wrote {page} and {picture}")
 
+
+TUNED = """Every method was tuned on public forget sets with the same budget of scored settings (`make tune`):
+{budget}. The first setting tried is the published one, moved into the
+search ranges; settings that cost more than 20% of a retraining are rejected. `algorithm_1` and `algorithm_2` are
+unlearning.py with its published values, which were chosen for a network that trains longer; costs over the limit are marked.
+`unlearning_preset` has the values that unlearning.py brings for this data set. The values found are in
+methods/tuned/{data}.json."""
+
+AS_PUBLISHED = """Every method has the values that it was published with. Only learning rates are changed, by one rule for all:
+they are multiplied by {factor:.1f}, because an epoch has so many times fewer steps here than in the competition (about 550).
+Nothing was tuned. `unlearning` is the published algorithm 1. Costs over 20% of a retraining are marked."""
 
 RESULTS = """<!-- Generated by `make leaderboard`; edits are lost. -->
 # Results: {title}
@@ -206,15 +270,10 @@ sets: within a group no method can be told from its first one. Of many equal met
 
 ![Scores of all methods]({picture})
 
-Every method was tuned on public forget sets with the same budget of scored settings (`make tune`):
-{budget}. The first setting tried is the published one, moved into the
-search ranges; settings that cost more than 20% of a retraining are rejected. `algorithm_1` and `algorithm_2` are
-unlearning.py with its published values, which were chosen for a network that trains longer; costs over the limit are marked.
-`unlearning_preset` has the values that unlearning.py brings for this data set. The ceiling is what a perfect unlearner would
-get, estimated from the retrained networks.
+{values} The ceiling is what a perfect unlearner would get, estimated from the retrained networks.
 
-*Published* is the score in the competition, on other data and with another network: only the order can be compared. The
-column mixes two leaderboards: the scores of unlearning, algorithm_1, algorithm_2, finetune and negrad are public ones, as
+*Published* is the score in the competition, on other data and with another network: only the order can be compared.
+Spearman's rank correlation of the scores here with the published ones is {correlation}. The column mixes two leaderboards: the scores of unlearning, algorithm_1, algorithm_2, finetune and negrad are public ones, as
 reported by Ahn et al., the authors of the method in unlearning.py; those of the winning teams are private ones.
 
 ## Each forget set
@@ -236,10 +295,9 @@ The best method
 
 ## How this page was made
 
-    make tune           # finds the values in methods/tuned/{data}.json; only needed for new methods or data
-    make leaderboard RUNS={runs} PAGE=RESULTS.md    # this page
+    {command} RUNS={runs}
 
-The runs took {minutes:.0f} minutes of processor time in all ({machine}). Both commands resume where they were interrupted.
+The runs took {minutes:.0f} minutes of processor time in all ({machine}). An interrupted command resumes where it stopped.
 """
 
 

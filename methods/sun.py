@@ -28,7 +28,7 @@ class Config:
     noisy: int = 6  # how many of them get noise first, at most
     noise: Annotated[float, (0.005, 0.5, "log")] = 0.04  # its standard deviation
     learning_rate: Annotated[float, (1e-3, 3e-1, "log")] = 2e-4  # in the rounds with random tensors
-    last_rates: tuple[float, ...] = (1, 1, 1, 5)  # factors of the learning rate in the last rounds, which train everything
+    last_factors: tuple[float, ...] = (1, 1, 1, 5)  # of the learning rate, in the last rounds, which train everything
     epochs: Annotated[float, (0.2, 1.6)] = 9  # over the retain set, in all rounds together, parts allowed
     momentum: float = 0.9  # of SGD; starts anew in each round
     weight_decay: float = 5e-4  # of SGD
@@ -40,7 +40,7 @@ class Config:
             "noisy >= 0 and noisy % 1 == 0",
             "0 <= noise < 1e9",
             "0 <= learning_rate < 1e9",
-            "rounds + len(last_rates) > 0 and all(0 <= factor < 1e9 for factor in last_rates)",
+            "rounds + len(last_factors) > 0 and all(0 <= factor < 1e9 for factor in last_factors)",
             "0 < epochs < 1e9",
             "0 <= momentum < 1",
             "0 <= weight_decay < 1e9",
@@ -57,7 +57,7 @@ def unlearning(net, retain_loader, forget_loader, val_loader, config: Config = C
     generators = getattr(net, "generators", [None])  # where each draws its randomness; None: torch's global generator
     for member, generator in zip(members, generators, strict=True):
         reset(member, generator)
-    rates = [1] * config.rounds + list(config.last_rates)
+    rates = [1] * config.rounds + list(config.last_factors)
     steps = max(1, round(config.epochs / len(rates) * len(retain_loader)))
     batches = chain.from_iterable(repeat(retain_loader))
     trained_before = [set() for _ in members]

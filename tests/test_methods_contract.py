@@ -28,7 +28,7 @@ MAKE_SENSE = {
     ("cf_k", "drops"): (),  # a constant rate, also in the next two
     ("eu_k", "drops"): (),
     ("scrub", "drops"): (),
-    ("sun", "last_rates"): (),  # no rounds at the end that train everything
+    ("sun", "last_factors"): (),  # no rounds at the end that train everything
 }
 
 # These keep some parameters as they are; their own tests say which.
@@ -54,7 +54,7 @@ SHORT = {
     "sebastian": dict(epochs=1.5, learning_rate=1e-2, share=0.5),
     "seif": dict(epochs=1.5, learning_rate=1e-2, noise=0.1),
     "sfr_on": dict(epochs=1.5, learning_rate=1e-2, ascent=1.0, forget_every=2, max_norm=0.5, fisher_epochs=0.5),
-    "sun": dict(rounds=3, last_rates=(1, 5), epochs=1.5, learning_rate=1e-2),
+    "sun": dict(rounds=3, last_factors=(1, 5), epochs=1.5, learning_rate=1e-2),
     "toshi_k": dict(epochs=1.5, learning_rate=1e-2, share=0.5, likely=1e-4),
     "unlearning": dict(epochs=(1, 0.5), learning_rates=(1e-2,)),
 }

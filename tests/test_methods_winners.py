@@ -392,7 +392,7 @@ def test_sun_resets_the_last_layer(net, original):
 def test_sun_trains_only_what_was_drawn(original, monkeypatch):
     chosen, choose = [], sun.choose
     monkeypatch.setattr(sun, "choose", lambda *args, **rest: chosen.append(choose(*args, **rest)) or chosen[-1])
-    net = unlearned(sun, original, rounds=1, last_rates=(), epochs=1, learning_rate=1e-2)
+    net = unlearned(sun, original, rounds=1, last_factors=(), epochs=1, learning_rate=1e-2)
     assert len(chosen) == 1
     assert changed(net, original) == chosen[0] | {"fc.weight", "fc.bias"}
 
