@@ -6,29 +6,30 @@ import hashlib
 import io
 import itertools
 import json
+import operator
 import os
 import re
 import reprlib
 import sys
 import textwrap
-import warnings
+from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from evaluator import pixels
 from evaluator.files import Problem, one_line
+from evaluator.pixels import LARGEST_IMAGE, image_path
 
 COLUMNS = ["image_id", "age_group", "age", "person_id"]
 TENSORS = ("images", "age_group", "age", "person_id")
-LARGEST_IMAGE = 1024  # pixels per side
-PIXELS = ("1", "L", "LA", "P", "RGB", "RGBA")  # modes that Pillow converts to RGB; it would clip 16-bit grey at 255
 
 # What a value may be: in words, and as a test. Files written by users are checked against tables of these.
 Allowed = tuple[str, Callable[[object], bool]]
@@ -188,7 +189,7 @@ class Data:
     def train(self) -> Examples:
         """retain and forget together, sorted by image path: the same under every split."""
         ids = self.retain.image_ids + self.forget.image_ids
-        order = sorted(range(len(ids)), key=lambda row: _image_path(ids[row]))
+        order = sorted(range(len(ids)), key=lambda row: image_path(ids[row]))
         tensors = (torch.cat([getattr(self.retain, name), getattr(self.forget, name)])[order] for name in TENSORS)
         return Examples([ids[row] for row in order], *tensors)
 
@@ -237,15 +238,15 @@ def load(folder: Path | str, split: str = "public", device: torch.device | str =
         if part != "test" or os.path.lexists(path)
     }
     for part, other in itertools.product(("forget", "retain"), tables):
-        both = tables[part].keys() & tables[other].keys()
+        both = tables[part].listed.keys() & tables[other].listed.keys()
         if part != other and both:
-            first = min(tables[part][image][0] for image in both)
+            first = min(tables[part].listed[image] for image in both)
             raise Problem(f"{files[part]}: {len(both)} images are also in {files[other].name}; the first is {first}")
     size = (dataset["image_size"],) * 2 if "image_size" in dataset else None
+    read = pixels.read(folder / "images", [(table.ids, table.keys) for table in tables.values()], size)
     sets: dict[str, Examples | None] = {"test": None}
-    for part, table in tables.items():
-        sets[part] = _read_examples(table, folder / "images", size).to(device)
-        size = sets[part].images.shape[-2:]
+    for (part, table), (images, _) in zip(tables.items(), read, strict=True):
+        sets[part] = Examples(table.ids, images, *map(torch.tensor, table.numbers.T)).to(device)
     return Data(
         folder=folder,
         name=name,
@@ -328,15 +329,26 @@ def _read_class_counts(path: Path, classes: int | None) -> Tensor:
     return torch.tensor([float(counts.get(label, 0)) for label in labels])
 
 
-def _image_path(image_id: str) -> str:
-    return image_id.replace("-", "/", 1) + ".png"
+class _Table(NamedTuple):
+    """The rows of a CSV file, in the order of the image paths.
+
+    listed: the image's real path -> its id; numbers: [n, 3] int64, age_group, age and person_id; keys: see pixels.read.
+    """
+
+    listed: dict[str, str]
+    numbers: np.ndarray
+    keys: np.ndarray
+
+    @property
+    def ids(self) -> list[str]:
+        return list(self.listed.values())
 
 
-def _read_table(path: Path, images: Path, classes: int) -> dict[str, list]:
-    """Image file -> its row's values as in COLUMNS, in the order of the image paths."""
+def _read_table(path: Path, images: Path, classes: int) -> _Table:
     whole = ("an integer of at most 18 digits", lambda value: type(value) is int)
     allowed = {"image_id": NAME, "age_group": integer(0, classes - 1), "age": whole, "person_id": whole}
-    rows, root = {}, os.path.join(os.path.realpath(images), "")
+    listed, numbers, keys = {}, array("q"), array("Q")
+    find, root = pixels.finder(images), os.path.join(os.path.realpath(images), "")
     reader = csv.reader(io.StringIO(_read_text(path)), strict=True)
     try:
         header = next(reader, [])
@@ -344,59 +356,33 @@ def _read_table(path: Path, images: Path, classes: int) -> dict[str, list]:
             if header.count(column) != 1:
                 found = "more than one" if column in header else "no"
                 raise Problem(f"{path}: {found} column '{column}'; its columns are {_listed(header)}")
+        fields = operator.itemgetter(*map(header.index, COLUMNS)) if header else None
         for cells in filter(None, reader):  # blank lines are skipped
             where = f"{path}: row {reader.line_num}"
             if len(cells) != len(header):
                 raise Problem(f"{where}: {len(cells)} fields, the first row has {len(header)}")
-            texts = dict(zip(header, cells, strict=True))
-            row = {column: texts[column] if column == "image_id" else _number(texts[column]) for column in COLUMNS}
-            check(row, allowed, where)
-            image = os.path.realpath(images / _image_path(row["image_id"]))
+            image_id, *texts = fields(cells)
+            values = [_number(text) for text in texts]
+            check(dict(zip(COLUMNS, [image_id, *values], strict=True)), allowed, where)
+            image, key = find(image_id)
             if not image.startswith(root):
-                raise Problem(f"{where}: {images / _image_path(row['image_id'])} is a link to a place outside {images}")
-            if image in rows:
-                before = rows[image][0]
-                raise Problem(f"{where}: image_id {row['image_id']!r} is listed twice, the first time as {before!r}")
-            rows[image] = list(row.values())
+                raise Problem(f"{where}: {images / image_path(image_id)} is a link to a place outside {images}")
+            if image in listed:
+                raise Problem(f"{where}: image_id {image_id!r} is listed twice, the first time as {listed[image]!r}")
+            listed[image] = image_id
+            numbers.extend(values)
+            keys.append(key)
     except csv.Error as error:
         raise Problem(f"{path}: row {reader.line_num}: not a readable CSV file ({one_line(error)})") from error
-    if not rows:
+    if not listed:
         raise Problem(f"{path}: empty: it lists no image")
     # The competition uses the rows sorted by image path.
-    return dict(sorted(rows.items(), key=lambda item: _image_path(item[1][0])))
+    rows = list(listed.items())
+    order = sorted(range(len(rows)), key=lambda row: image_path(rows[row][1]))
+    return _Table(dict(rows[row] for row in order), np.array(numbers).reshape(-1, 3)[order], np.array(keys)[order])
 
 
 def _number(text: str) -> int | str:
     """A CSV field as an integer, or the text if it is not one. Pandas writes 3.0 when a column has gaps."""
     match = re.fullmatch(r" *(-?[0-9]{1,18})(\.0*)? *", text)
     return int(match[1]) if match else text
-
-
-def _read_examples(table: dict[str, list], folder: Path, size: Sequence[int] | None) -> Examples:
-    """size: height and width that the images must have; None: those of the first."""
-    image_ids, *numbers = map(list, zip(*table.values(), strict=True))
-    images = []
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Pillow's, about images that it reads all the same
-        for path in (folder / _image_path(image_id) for image_id in image_ids):
-            images.append(_read_image(path))
-            height, width = images[-1].shape[1:]
-            size = size or (height, width)
-            if (height, width) != tuple(size):
-                asked = f"it must be {size[1]}x{size[0]} like the first image or image_size in dataset.json"
-                raise Problem(f"{path}: {width}x{height} pixels, {asked}")
-    return Examples(image_ids, torch.stack(images), *map(torch.tensor, numbers))
-
-
-def _read_image(path: Path) -> Tensor:
-    if not os.path.isfile(path):
-        raise Problem(f"{path}: missing image")
-    try:
-        with Image.open(path, formats=["PNG", "JPEG"]) as image:
-            if max(image.size) > LARGEST_IMAGE:
-                raise ValueError(f"{image.width}x{image.height} pixels, at most {LARGEST_IMAGE} per side are allowed")
-            if image.mode not in PIXELS:
-                raise ValueError(f"pixel mode {image.mode}; only 8 bits per channel are allowed")
-            return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).contiguous()
-    except Exception as error:  # Pillow raises many kinds for a damaged file
-        raise Problem(f"{path}: not a readable image ({one_line(error)})") from error

@@ -25,8 +25,9 @@ from PIL.PngImagePlugin import PngInfo
 from sklearn.datasets import load_digits
 from torch.utils.data import DataLoader, RandomSampler
 
-from evaluator.data import COLUMNS, TENSORS, Data, Examples, Loader, _read_image, load, splits
+from evaluator.data import COLUMNS, TENSORS, Data, Examples, Loader, load, splits
 from evaluator.files import Problem
+from evaluator.pixels import read_image
 from evaluator.training import Recipe
 
 # Preparing.
@@ -587,7 +588,7 @@ def test_damaged_images(folder):
                 damaged[place] = source.randint(256)
             image.write_bytes(damaged[: source.choice([len(content), source.randint(len(content))])])
             try:
-                pixels = _read_image(image)
+                pixels = read_image(image)
             except Problem as problem:
                 assert str(problem).startswith(f"{image}: not a readable image (") and str(problem).isprintable()
             else:
