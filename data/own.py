@@ -23,7 +23,7 @@ from evaluator.files import Problem, one_line
 from evaluator.progress import progress
 
 # Pillow's readers that need no other program, and the ends of the names of files that they read.
-FORMATS = ["PNG", "JPEG", "MPO", "GIF", "BMP", "TIFF", "WEBP", "PPM"]
+FORMATS = ["PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP", "PPM"]
 SUFFIXES = {".png", ".jpg", ".jpeg", ".gif", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".pgm"}
 LARGEST = (
     100_000_000  # pixels of an image that is read, 300 MB in memory; Pillow itself warns at 89 and refuses at 179 million
@@ -175,11 +175,9 @@ def read_csv(path: Path, needed: Sequence[str], optional: Sequence[str] = ()) ->
     Raises Problem for a file that cannot be read or lacks a column that is needed.
     """
     try:
-        reader = csv.reader(
-            io.StringIO(path.read_text(encoding="utf-8-sig"), newline=""), strict=True, skipinitialspace=True
-        )
+        reader = csv.reader(io.StringIO(path.read_text(encoding="utf-8-sig"), newline=""), strict=True)
         header = [name.strip() for name in next(reader, [])]
-        rows = [(f"{path}: row {reader.line_num}", [cell.strip() for cell in cells]) for cells in reader if cells]
+        rows = [(f"{path}: row {reader.line_num}", cells) for cells in reader if cells]
     except (OSError, UnicodeError, csv.Error) as error:
         raise Problem(f"{path}: not a readable CSV file in UTF-8 ({one_line(error)})") from error
     columns = [*needed, *(column for column in optional if column in header)]
@@ -200,7 +198,7 @@ def inside(root: Path, name: str, where: str) -> Path:
     try:
         path = (root / name).resolve()
         is_file = path.is_file()
-    except (OSError, ValueError) as error:  # such as a name that is too long
+    except (OSError, ValueError, RuntimeError) as error:  # a name that is too long, a zero byte, links in a circle
         raise Problem(f"{where}: {name!r} is no file's path ({one_line(error)})") from error
     if not path.is_relative_to(root.resolve()):
         raise Problem(f"{where}: {name!r} is outside {root}; copy it there")
@@ -254,8 +252,8 @@ def picture(path: Path, where: str, size: int) -> np.ndarray:
     16 bits per channel are scaled to 8. Raises Problem, beginning with `where`, for what is not a readable image.
     """
     try:
-        with warnings.catch_warnings(), Image.open(path, formats=FORMATS) as image:
-            warnings.simplefilter("ignore")  # Pillow's, about images that it reads all the same
+        # Pillow warns of images that it reads all the same.
+        with warnings.catch_warnings(action="ignore"), Image.open(path, formats=FORMATS) as image:
             if image.width * image.height > LARGEST:
                 raise ValueError(f"{image.width}x{image.height} pixels, at most {LARGEST:,} in all are read")
             image.draft("RGB", (4 * size, 4 * size))  # a large JPEG is decoded at a fraction of its size, which is quicker
