@@ -18,8 +18,8 @@ import numpy as np
 import pandas as pd
 from layout import SEED, DataSet, split_names
 from people import GROUPS, age_groups
-from torchvision.io import ImageReadMode, read_image
-from torchvision.transforms.functional import resize
+from PIL import Image
+from torchvision.transforms.functional import pil_to_tensor, resize
 
 from evaluator.data import check, integer
 from evaluator.files import Problem, one_line
@@ -102,8 +102,9 @@ def _pictures(files: list[Path]) -> np.ndarray:
     with progress("reading", len(files), "image") as bar:
         for row, path in enumerate(files):
             try:
-                image = read_image(str(path), ImageReadMode.RGB)
-            except RuntimeError as error:
+                with Image.open(path, formats=["JPEG"]) as opened:
+                    image = pil_to_tensor(opened.convert("RGB"))
+            except Exception as error:  # Pillow raises many kinds for a damaged file
                 raise Problem(f"{path}: not a readable image ({one_line(error)})") from error
             pictures[row] = resize(image, [SIZE, SIZE], antialias=False).permute(1, 2, 0).numpy()
             bar.update()

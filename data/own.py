@@ -98,7 +98,7 @@ def folder(csv: Path | None = None, images: Path | None = None, **options: objec
     found = from_csv(csv) if csv else from_folders(images)
     labels = sorted(found.label.unique(), key=_by_number(found.label))
     found["age"] = found.label.map({label: number for number, label in enumerate(labels)})
-    print("classes: " + ", ".join(f"{number} = {label}" for number, label in enumerate(labels)))
+    print(f"{len(labels):,} classes, numbered from 0 as in labels.json: {_first(labels)}")
     table, pictures = read(found, plan.size)
     table["age_group"] = table.age
     counts = table.age.value_counts().reindex(range(len(labels)), fill_value=0)
@@ -152,21 +152,30 @@ def from_folders(root: Path) -> pd.DataFrame:
 
 
 def files(root: Path) -> pd.DataFrame:
-    """All image files below a folder, sorted, hidden ones left out: file, source (path below root), where (for errors)."""
+    """All image files below a folder, sorted, hidden ones left out: file, source (path below root), where (root).
+
+    Raises Problem when there is no such folder, or a name in it is not UTF-8.
+    """
     if not root.is_dir():
         raise Problem(f"{root}: no such folder")
     below = {path.relative_to(root): path for path in root.rglob("*") if path.is_file()}
     below = {name.as_posix(): path for name, path in below.items() if not any(part.startswith(".") for part in name.parts)}
     left_out("files are not images", sorted(name for name, path in below.items() if path.suffix.lower() not in SUFFIXES))
-    rows = [(path, name, str(path)) for name, path in sorted(below.items()) if path.suffix.lower() in SUFFIXES]
+    for name in below:
+        if not name.isascii() and name != name.encode(errors="replace").decode():
+            raise Problem(f"{root}: the name {name!r} is not UTF-8: rename it")
+    rows = [(path, name, str(root)) for name, path in sorted(below.items()) if path.suffix.lower() in SUFFIXES]
     return pd.DataFrame(rows, columns=["file", "source", "where"])
 
 
 def left_out(why: str, names: Sequence[str]) -> None:
     """Print how many files are left out and why, with the first of them; nothing if there are none."""
     if len(names):
-        first = ", ".join(repr(str(name)) for name in list(names)[:3])
-        print(f"left out: {len(names):,} {why}: {first}{' …' if len(names) > 3 else ''}")
+        print(f"left out: {len(names):,} {why}: {_first(names)}")
+
+
+def _first(names: Sequence[str]) -> str:
+    return ", ".join(repr(name) for name in list(names)[:3]) + (" …" if len(names) > 3 else "")
 
 
 def read_csv(path: Path, needed: Sequence[str], optional: Sequence[str] = ()) -> pd.DataFrame:
@@ -216,7 +225,7 @@ def read(found: pd.DataFrame, size: int) -> tuple[pd.DataFrame, np.ndarray]:
     """
     pictures = np.empty((len(found), size, size, 3), np.uint8)
     with progress("reading", len(found), "image") as bar:
-        for row, (path, where) in enumerate(zip(found.file, found["where"], strict=True)):
+        for row, (path, where) in enumerate(zip(found.file, found["where"] + ": " + found.source.map(repr), strict=True)):
             pictures[row] = picture(path, where, size)
             bar.update()
     content = pd.Series([hashlib.sha256(picture.tobytes()).digest() for picture in pictures])
@@ -264,7 +273,7 @@ def picture(path: Path, where: str, size: int) -> np.ndarray:
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
             return np.array(ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.BILINEAR))
     except Exception as error:  # Pillow raises many kinds for a damaged file
-        raise Problem(f"{where}: {path.name!r} is not a readable image ({one_line(error)})") from error
+        raise Problem(f"{where} is not a readable image ({one_line(error)})") from error
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:

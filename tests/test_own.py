@@ -51,7 +51,7 @@ def test_a_csv_becomes_a_data_folder(tmp_path, capsys):
     folder = tmp_path / "data" / "pets"
     command = ["folder", "--csv", str(path), "--folder", str(folder), "--forget-sets", "2", "--size", "6"]
     assert prepare.main(command) == 0
-    assert "classes: 0 = cat, 1 = dog" in capsys.readouterr().out
+    assert "2 classes, numbered from 0 as in labels.json: 'cat', 'dog'\n" in capsys.readouterr().out
     assert json.loads((folder / "labels.json").read_text()) == {"0": "cat", "1": "dog"}
     sources = pd.read_csv(folder / "sources.csv").set_index("image_id").source
     assert sources["0-0"] == "a/00.png" and sources["14-59"] == "a/59.png" and len(sources) == 60
@@ -284,7 +284,10 @@ def test_what_is_wrong_with_folders(tmp_path):
     with pytest.raises(Problem, match="1 class; two images"):
         own.folder(images=tmp_path)
     damaged(tmp_path / "empty" / "a.png")
-    with pytest.raises(Problem, match=r"empty/a\.png: 'a\.png' is not a readable image"):
+    with pytest.raises(Problem, match=r"'empty/a\.png' is not a readable image"):
+        own.folder(images=tmp_path)
+    (tmp_path / "empty" / os.fsdecode(b"\xff.png")).write_bytes(b"")
+    with pytest.raises(Problem, match=r"the name 'empty/.udcff\.png' is not UTF-8: rename it"):
         own.folder(images=tmp_path)
 
 
