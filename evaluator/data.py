@@ -15,7 +15,7 @@ import textwrap
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import NamedTuple
 
@@ -57,6 +57,10 @@ DATASET: dict[str, Allowed] = {
     "image_size": integer(1, LARGEST_IMAGE),
     "classes": integer(2, 100_000),
     "recipe": ("an object", lambda value: type(value) is dict),
+    "note": (
+        "one line of 1 to 300 printable characters",
+        lambda value: isinstance(value, str) and value.isprintable() and 1 <= len(value.strip()) <= len(value) <= 300,
+    ),
 }
 
 
@@ -167,7 +171,10 @@ class Loader(DataLoader):
 
 @dataclass
 class Data:
-    """A data folder under one split. test is None in the competition's own folder, which has no test labels."""
+    """A data folder under one split. test is None in the competition's own folder, which has no test labels.
+
+    note: what every output must say of these images.
+    """
 
     folder: Path
     name: str
@@ -179,6 +186,12 @@ class Data:
     forget: Examples
     validation: Examples
     test: Examples | None
+    note: str = ""
+
+    @property
+    def title(self) -> str:
+        """The name, with the note."""
+        return f"{self.name} ({self.note})" if self.note else self.name
 
     @property
     def held_out(self) -> Examples:
@@ -232,21 +245,25 @@ def load(folder: Path | str, split: str = "public", device: torch.device | str =
         "validation": folder / "validation.csv",
         "test": folder / "test.csv",
     }
+    find = pixels.finder(folder / "images")
     tables = {
-        part: _read_table(path, folder / "images", len(class_counts))
+        part: _read_table(path, folder / "images", find, len(class_counts))
         for part, path in files.items()
         if part != "test" or os.path.lexists(path)
     }
     for part, other in itertools.product(("forget", "retain"), tables):
-        both = tables[part].listed.keys() & tables[other].listed.keys()
+        both = tables[part].real.keys() & tables[other].real.keys()
         if part != other and both:
-            first = min(tables[part].listed[image] for image in both)
+            first = min(tables[part].real[image] for image in both)
             raise Problem(f"{files[part]}: {len(both)} images are also in {files[other].name}; the first is {first}")
+    if len(tables["retain"].real) < 2:
+        raise Problem(f"{files['retain']}: one image only; networks are trained on 2 or more")
     size = (dataset["image_size"],) * 2 if "image_size" in dataset else None
-    read = pixels.read(folder / "images", [(table.ids, table.keys) for table in tables.values()], size)
+    read = pixels.read(folder / "images", {part: table.images for part, table in tables.items()}, size)
+    _warn(files, tables, read)
     sets: dict[str, Examples | None] = {"test": None}
-    for (part, table), (images, _) in zip(tables.items(), read, strict=True):
-        sets[part] = Examples(table.ids, images, *map(torch.tensor, table.numbers.T)).to(device)
+    for part, table in tables.items():
+        sets[part] = Examples(table.images.ids, read[part].images, *map(torch.tensor, table.numbers.T)).to(device)
     return Data(
         folder=folder,
         name=name,
@@ -254,6 +271,7 @@ def load(folder: Path | str, split: str = "public", device: torch.device | str =
         classes=len(class_counts),
         recipe=dataset.get("recipe", {}),
         class_counts=class_counts.to(device),
+        note=dataset.get("note", ""),
         **sets,
     )
 
@@ -283,7 +301,9 @@ def splits(folder: Path | str, pattern: str) -> list[str]:
 
 def _existing(folder: Path) -> Path:
     if not os.path.isdir(folder):
-        hint = f"; make it with: python data/prepare.py {folder.name}" if folder.name == "digits" else ""
+        kit = Path(__file__).parent.parent / "data"
+        known = folder.absolute().parent == kit
+        hint = f"; if the kit makes it: python data/prepare.py {folder.name} (see data/README.md)" if known else ""
         raise Problem(f"{folder}: no such data folder{hint}")
     return folder
 
@@ -332,23 +352,20 @@ def _read_class_counts(path: Path, classes: int | None) -> Tensor:
 class _Table(NamedTuple):
     """The rows of a CSV file, in the order of the image paths.
 
-    listed: the image's real path -> its id; numbers: [n, 3] int64, age_group, age and person_id; keys: see pixels.read.
+    numbers: [n, 3] int64: age_group, age and person_id. real: an image's real path -> its id.
     """
 
-    listed: dict[str, str]
+    images: pixels.Listed
     numbers: np.ndarray
-    keys: np.ndarray
-
-    @property
-    def ids(self) -> list[str]:
-        return list(self.listed.values())
+    real: dict[str, str]
 
 
-def _read_table(path: Path, images: Path, classes: int) -> _Table:
+def _read_table(path: Path, images: Path, find: Callable[[str], tuple[str, int]], classes: int) -> _Table:
+    """find: what `pixels.finder(images)` returns."""
     whole = ("an integer of at most 18 digits", lambda value: type(value) is int)
     allowed = {"image_id": NAME, "age_group": integer(0, classes - 1), "age": whole, "person_id": whole}
-    listed, numbers, keys = {}, array("q"), array("Q")
-    find, root = pixels.finder(images), os.path.join(os.path.realpath(images), "")
+    real, numbers, keys = {}, array("q"), array("Q")
+    root = os.path.join(os.path.realpath(images), "")
     reader = csv.reader(io.StringIO(_read_text(path)), strict=True)
     try:
         header = next(reader, [])
@@ -367,22 +384,57 @@ def _read_table(path: Path, images: Path, classes: int) -> _Table:
             image, key = find(image_id)
             if not image.startswith(root):
                 raise Problem(f"{where}: {images / image_path(image_id)} is a link to a place outside {images}")
-            if image in listed:
-                raise Problem(f"{where}: image_id {image_id!r} is listed twice, the first time as {listed[image]!r}")
-            listed[image] = image_id
+            if image in real:
+                raise Problem(f"{where}: image_id {image_id!r} is listed twice, the first time as {real[image]!r}")
+            real[image] = image_id
             numbers.extend(values)
             keys.append(key)
     except csv.Error as error:
         raise Problem(f"{path}: row {reader.line_num}: not a readable CSV file ({one_line(error)})") from error
-    if not listed:
+    if not real:
         raise Problem(f"{path}: empty: it lists no image")
     # The competition uses the rows sorted by image path.
-    rows = list(listed.items())
-    order = sorted(range(len(rows)), key=lambda row: image_path(rows[row][1]))
-    return _Table(dict(rows[row] for row in order), np.array(numbers).reshape(-1, 3)[order], np.array(keys)[order])
+    ids = list(real.values())
+    order = sorted(range(len(ids)), key=lambda row: image_path(ids[row]))
+    images = pixels.Listed([ids[row] for row in order], np.array(keys)[order])
+    return _Table(images, np.array(numbers).reshape(-1, 3)[order], real)
+
+
+INTEGER = re.compile(r" *(-?[0-9]{1,18})(\.0*)? *")
 
 
 def _number(text: str) -> int | str:
     """A CSV field as an integer, or the text if it is not one. Pandas writes 3.0 when a column has gaps."""
-    match = re.fullmatch(r" *(-?[0-9]{1,18})(\.0*)? *", text)
+    match = INTEGER.fullmatch(text)
     return int(match[1]) if match else text
+
+
+@cache
+def warn(line: str) -> None:
+    """On stderr, once per command."""
+    print(f"warning: {line}", file=sys.stderr, flush=True)
+
+
+def _warn(files: Mapping[str, Path], tables: Mapping[str, _Table], read: Mapping[str, pixels.Pixels]) -> None:
+    """Warn of sets that are allowed but perhaps not meant: odd sizes, and equal images in two of them."""
+    ids = {part: table.images.ids for part, table in tables.items()}
+    kept, forgotten = len(ids["retain"]), len(ids["forget"])
+    if forgotten == 1:
+        warn(f"{files['forget']}: one image only: its score is mostly chance, and batch norm fails on a batch of one image")
+    if forgotten > kept:
+        warn(f"{files['forget']}: {forgotten} images are to be forgotten and {kept} kept; are the two files swapped?")
+    training = ["retain", "forget"]
+    for part, others, where in (
+        ("forget", ["retain"], "in retain.csv"),
+        ("validation", training, "in the training images"),
+        ("test", training, "in the training images"),
+    ):
+        if part not in tables:
+            continue
+        ours, theirs = read[part].fingerprints, np.concatenate([read[other].fingerprints for other in others])
+        equal = np.flatnonzero(np.isin(ours, theirs))
+        if len(equal):
+            names = [image_id for other in others for image_id in ids[other]]
+            twin = min((names[row] for row in np.flatnonzero(theirs == ours[equal[0]])), key=image_path)
+            first = f"the first: {ids[part][equal[0]]} = {twin}"
+            warn(f"{files[part]}: {len(equal)} of {len(ours)} images are also, pixel for pixel, {where} ({first})")

@@ -12,7 +12,7 @@ import os
 import stat
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -32,6 +32,13 @@ VERSION = 1  # of what `read_image` returns, and of the file
 SETTLED = 2_000_000_000  # ns: a second change so soon may leave a file with the same dates (FAT counts in 2 s)
 
 
+class Listed(NamedTuple):
+    """The images of one set. keys: [n] uint64, as `finder` gives them."""
+
+    ids: list[str]
+    keys: np.ndarray
+
+
 class Pixels(NamedTuple):
     """images: [n, 3, H, W] uint8; fingerprints: [n] uint64, equal for equal images."""
 
@@ -49,13 +56,16 @@ def finder(images: Path) -> Callable[[str], tuple[str, int]]:
 
     The real path is what os.path.realpath gives, but a folder is looked up once and a file only if it is a link.
     """
-    real_folder = functools.cache(os.path.realpath)
-    root, now = os.path.realpath(images), time.time_ns()
+    now = time.time_ns()
+
+    @functools.cache
+    def real_folder(name: str) -> str:
+        return os.path.join(os.path.realpath(images / name), "")
 
     def find(image_id: str) -> tuple[str, int]:
         path = image_path(image_id)
-        folder, name = os.path.split(os.path.join(root, path))
-        real = os.path.join(real_folder(folder), name)
+        folder, _, name = path.rpartition("/")
+        real = real_folder(folder) + name
         try:
             found = os.lstat(real)
             if stat.S_ISLNK(found.st_mode):
@@ -71,18 +81,16 @@ def finder(images: Path) -> Callable[[str], tuple[str, int]]:
     return find
 
 
-def read(images: Path, sets: Sequence[tuple[list[str], np.ndarray]], size: Sequence[int] | None) -> list[Pixels]:
-    """The pixels of several sets of images, each given as ids and keys ([n] uint64, as `finder` gives them).
-
-    size: height and width that the images must have; None: those of the first.
+def read(images: Path, sets: Mapping[str, Listed], size: Sequence[int] | None) -> dict[str, Pixels]:
+    """The pixels of each set. size: height and width that the images must have; None: those of the first.
 
     Raises Problem naming the first image that cannot be read or has another size, or when memory does not suffice.
     """
-    kept, found, decoded = images.with_name(KEPT), [], False
+    kept, found, decoded = images.with_name(KEPT), {}, False
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow's, about images that it reads all the same
-        height, width = size or read_image(images / image_path(sets[0][0][0])).shape[1:]
-        for ids, keys in sets:
+        height, width = size or read_image(images / image_path(next(iter(sets.values())).ids[0])).shape[1:]
+        for part, (ids, keys) in sets.items():
             try:
                 rows = np.empty((len(ids), 3, height, width), np.uint8)
             except MemoryError as error:
@@ -97,9 +105,9 @@ def read(images: Path, sets: Sequence[tuple[list[str], np.ndarray]], size: Seque
                 rows[row] = pixels
                 fingerprints[row] = _hash(rows[row])
             decoded = decoded or keys[~recalled].any()
-            found.append(Pixels(torch.from_numpy(rows), fingerprints))
-    if decoded and sum(len(ids) for ids, _ in sets) >= KEPT_FROM:
-        _keep(kept, [keys for _, keys in sets], found)
+            found[part] = Pixels(torch.from_numpy(rows), fingerprints)
+    if decoded and sum(len(ids) for ids, _ in sets.values()) >= KEPT_FROM:
+        _keep(kept, [(sets[part].keys, *found[part]) for part in sets])
     return found
 
 
@@ -146,15 +154,18 @@ def _recall(kept: Path, keys: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray,
     return recalled, fingerprints
 
 
-def _keep(kept: Path, keys: list[np.ndarray], found: list[Pixels]) -> None:
-    """Write the file of the images with a key; a folder that cannot be written does without."""
+def _keep(kept: Path, sets: list[tuple[np.ndarray, Tensor, np.ndarray]]) -> None:
+    """Write the file, of the images that have a key; a folder that cannot be written does without.
+
+    sets: keys, images and fingerprints of each.
+    """
 
     def write(file: BinaryIO) -> None:
-        file.write(_header(*found[0].images.shape[2:]))
-        for part, (_, fingerprints) in zip(keys, found, strict=True):
-            file.write(np.stack([part, fingerprints], 1)[part != 0].astype("<u8").tobytes())
-        for part, (images, _) in zip(keys, found, strict=True):
-            for row in np.flatnonzero(part):
+        file.write(_header(*sets[0][1].shape[2:]))
+        for keys, _, fingerprints in sets:
+            file.write(np.stack([keys, fingerprints], 1)[keys != 0].astype("<u8").tobytes())
+        for keys, images, _ in sets:
+            for row in np.flatnonzero(keys):
                 file.write(images[row].numpy())
 
     with contextlib.suppress(Problem):

@@ -323,8 +323,23 @@ def test_a_wrong_field_of_dataset_json(folder, field, value, words):
 
 def test_an_unknown_field_of_dataset_json(folder):
     change_json(folder / "dataset.json", clases=10)
-    allowed = "'name', 'image_size', 'classes', 'recipe'"
+    allowed = "'name', 'image_size', 'classes', 'recipe', 'note'"
     assert refused(folder) == f"{folder / 'dataset.json'}: 'clases' is unknown; allowed are {allowed}"
+
+
+@pytest.mark.parametrize("note", ["", " ", "two\nlines", "\x1b[2J", "x" * 301, None, 3, ["a"], "\ud800"], ids=count())
+def test_a_note_is_one_line(folder, note):
+    change_json(folder / "dataset.json", note=note)
+    words = "one line of 1 to 300 printable characters"
+    assert refused(folder) == f"{folder / 'dataset.json'}: note is {reprlib.repr(note)}, it must be {words}"
+
+
+@pytest.mark.parametrize("note", ["drawn by code, not photographs", "é & <b>", "x" * 300])
+def test_a_note_changes_no_result(folder, small_digits, note):
+    change_json(folder / "dataset.json", note=note)
+    data, before = load(folder), load(small_digits)
+    assert (data.note, data.title) == (note, f"small_digits ({note})")
+    assert (before.note, before.title, before.digest) == ("", "small_digits", data.digest)
 
 
 def test_image_size_is_that_of_the_images(folder):
@@ -612,7 +627,9 @@ def test_sets_have_images_of_one_size(folder):
 
 def test_missing_files(folder, tmp_path):
     assert str(tmp_path / "nothing") in refused(tmp_path / "nothing")
-    assert "data/prepare.py digits" in refused(tmp_path / "digits")
+    nowhere = Path(prepare.__file__).parent / "nowhere"
+    hint = "; if the kit makes it: python data/prepare.py nowhere (see data/README.md)"
+    assert refused(nowhere) == f"{nowhere}: no such data folder{hint}"
     assert "'third'" in refused(folder, "third") and "'private', 'private-2', 'public'" in refused(folder, "third")
     (folder / "validation.csv").unlink()
     assert str(folder / "validation.csv") in refused(folder)
