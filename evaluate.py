@@ -71,9 +71,9 @@ def evaluate(args) -> list[Evaluation]:
     else:
         table = pd.concat(map(forget_sets.per_set, found, ceilings))
         name = re.sub(r"[^A-Za-z0-9._-]+", "", args.split).strip("-") or "all"
-        write_csv(evaluation.results.parent / f"{name}_scores.csv", table)
+        write_csv(evaluation.results.parent / f"{name}_scores.csv", forget_sets.noted(table, evaluation.data.note))
         scores = forget_sets.over_sets(table)
-        print(f"\n{forget_sets.title(evaluation.data.name, table)}\n{forget_sets.as_text(scores).to_string(index=False)}")
+        print(f"\n{forget_sets.title(evaluation.data.title, table)}\n{forget_sets.as_text(scores).to_string(index=False)}")
     if attacks:
         print(f"\n{scores[['method', *attacks]].round(3).to_string(index=False)}")
     for line in report.provisos(evaluation.data, found[0]):

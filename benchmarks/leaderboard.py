@@ -18,6 +18,7 @@ import math
 import os
 import sys
 from pathlib import Path
+from textwrap import fill
 
 import pandas as pd
 from matplotlib.figure import Figure
@@ -203,18 +204,19 @@ def write(args) -> None:
     )
     judges = rank_correlations(by_judge)
     folder, kind = evaluation.setting.results / data, "published" if args.published else "leaderboard"
-    write_csv(folder / f"{kind}.csv", means)
-    sets = forget_sets.title(data, table)
+    write_csv(folder / f"{kind}.csv", forget_sets.noted(means, evaluation.data.note))
+    called = evaluation.data.title
+    sets = forget_sets.title(called, table)
     page = args.page or folder / ("PUBLISHED.md" if args.published else "RESULTS.md")
     picture = page.parent / ("docs" if args.page else "") / f"{kind}.png"
-    title = f"{data}, {table.split.nunique()} private forget sets, {args.runs} runs"
-    draw(table, means, picture, title)
+    title = f"{called}, {table.split.nunique()} private forget sets, {args.runs} runs"
+    draw(table, means, picture, fill(title, 65))
     shown = as_text(means)
     left_out = "".join(f"\n\n{name} is left out: it diverges on {split}." for name, split in diverged.items())
     text = RESULTS.format(
         data=data,
         title=title,
-        sets=sets.removeprefix(f"{data}: ").removesuffix(f", {args.runs} runs"),
+        sets=sets.removeprefix(f"{called}: ").removesuffix(f", {args.runs} runs"),
         runs=args.runs,
         table=markdown(shown, 2) + left_out,
         per_split=markdown(per_split(table, means.method.tolist()), 0),

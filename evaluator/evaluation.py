@@ -88,7 +88,7 @@ class Evaluation:
 
     @property
     def title(self) -> str:
-        return f"{self.data.name}, {self.data.split} split, {self.runs} runs, {len(self.data.forget)} forget examples"
+        return f"{self.data.title}, {self.data.split} split, {self.runs} runs, {len(self.data.forget)} forget examples"
 
     @property
     def results(self) -> Path:
@@ -171,7 +171,9 @@ class Evaluation:
             summary = read_json(folder / "summary.json")
             whole = summary.get("checked") == checksum(summary, folder / "examples.csv")
             if whole and summary["made_of"] == made_of and ("attacks" in summary or not self.attacks):
-                return summary
+                if summary.get("note", "") != self.data.note:
+                    write_summary(folder, summary | {"note": self.data.note})
+                return read_json(folder / "summary.json")
             share = None
             if method.timed:
                 share = unlearned.number(f"cost_{self.setting.device}", lambda: self.cost(method))
@@ -183,6 +185,7 @@ class Evaluation:
                 "path": str(method.path),
                 "config": method.config,
                 "data": self.data.name,
+                "note": self.data.note,
                 "split": self.data.split,
                 "model": self.recipe.model,
                 **scores,
@@ -198,7 +201,7 @@ class Evaluation:
             for old in [self.results / "report.html", folder / "summary.json", *folder.glob("*.png")]:
                 old.unlink(missing_ok=True)
             write_csv(folder / "examples.csv", table.assign(**columns))
-            write_json(folder / "summary.json", summary | {"checked": checksum(summary, folder / "examples.csv")})
+            write_summary(folder, summary)
             return read_json(folder / "summary.json")
 
     def score_of(self, method: Method, runs: range) -> dict:
@@ -209,6 +212,11 @@ class Evaluation:
         """The scores of disjoint groups of `size` runs, each against as many retrained networks of its own."""
         starts = range(0, self.runs - size + 1, size)
         return [self.score_of(method, range(start, start + size))["score"] for start in starts]
+
+
+def write_summary(folder: Path, summary: dict) -> None:
+    """With a checksum; examples.csv, the table that belongs to it, is there already."""
+    write_json(folder / "summary.json", summary | {"checked": checksum(summary, folder / "examples.csv")})
 
 
 def checksum(summary: dict, examples: Path) -> str:

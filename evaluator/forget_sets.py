@@ -60,6 +60,11 @@ def title(data: str, table: pd.DataFrame) -> str:
     return f"{which} of {sizes.min()} to {sizes.max()} examples, {table.runs.iloc[0]} runs"
 
 
+def noted(table: pd.DataFrame, note: str) -> pd.DataFrame:
+    """A table to be written to a file, with what must be said of the data."""
+    return table.assign(note=note) if note else table
+
+
 def as_text(means: pd.DataFrame) -> pd.DataFrame:
     """`over_sets` for people to read."""
 
