@@ -23,9 +23,11 @@ DEBIAN = Path("/usr/share/datasets/fashion-mnist")  # of the package dataset-fas
 OTHERWISE = "install Debian's package dataset-fashion-mnist, or give a folder with the four files by --from"
 SIZE = 28
 
-# Classes 0, 1, … are these kinds of clothing, in torchvision's numbering, and make up these shares of the images. The first
-# two, of which images are forgotten, are hard to tell from each other or from the rest: a network has to have seen them.
-KINDS = (0, 2, 6, 8, 9, 3, 1, 7, 5, 4)
+# Classes 0, 1, … are these kinds of clothing, in torchvision's numbering: T-shirts, dresses, trousers, bags, ankle boots,
+# sneakers, sandals, pullovers, coats, shirts. Images are forgotten of the first two, which are at times hard to tell apart;
+# the three most like T-shirts come last, or the network would not know its training images as the competition's does.
+# SHARES: of the images; as unequal as age groups.
+KINDS = (0, 3, 1, 8, 9, 7, 5, 2, 4, 6)
 SHARES = (0.45, 0.25, 0.10, 0.06, 0.05, 0.03, 0.02, 0.02, 0.01, 0.01)
 
 SUBJECT = 20  # images in a group, on average
@@ -38,7 +40,7 @@ RECIPE = {"width": 16}  # a sixteenth of the competition's network, and all else
 SMALL_RECIPE = {
     "width": 4,
     "small_images": True,
-    "epochs": 8,
+    "epochs": 6,
     "batch_size": 32,
     "optimizer": "sgd",
     "learning_rate": 0.1,

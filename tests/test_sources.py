@@ -19,10 +19,12 @@ from typing import ClassVar
 import download
 import fashion
 import numpy as np
+import pandas as pd
 import prepare
 import pytest
 from cifar10 import cifar10, read_batch
 from fashion import KINDS, fashion_small, read, subjects
+from layout import split_names
 from torchvision.datasets import CIFAR10, FashionMNIST
 
 from evaluator.data import load, splits
@@ -94,19 +96,14 @@ def test_fashion_has_the_images_and_labels_of_its_files(prepared):
 
 
 def test_fashion_forgets_whole_groups_of_the_first_two_classes(prepared):
-    names = splits(prepared, "*")
-    assert len(names) == 12
     forgotten = set()
-    for name in names:
-        data = load(prepared, name)
-        assert data.forget.age_group.max() <= 1
-        groups = [
-            {(row // 10 % GROUPS, KINDS.index(row % 10)) for row in rows(part.image_ids)}
-            for part in (data.forget, data.retain)
-        ]
-        assert not forgotten & groups[0] and not groups[0] & groups[1]
-        assert 0.02 * len(data.train) <= len(data.forget) <= 0.02 * len(data.train) + SIZE
-        forgotten |= groups[0]
+    for name in split_names(6):
+        retain, forget = (pd.read_csv(prepared / name / f"{part}.csv") for part in ("retain", "forget"))
+        assert forget.age_group.max() == 1
+        gone, kept = ({(row // 10 % GROUPS, row % 10) for row in rows(table.image_id)} for table in (forget, retain))
+        assert not gone & (kept | forgotten)
+        assert 0.02 <= len(forget) / (len(forget) + len(retain)) <= 0.02 + SIZE / 534
+        forgotten |= gone
 
 
 def test_groups_of_near_copies_are_found(clothes):
