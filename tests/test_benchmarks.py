@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import NamedTuple
 
@@ -97,6 +98,20 @@ def test_the_leaderboard(page, capsys):
     pages = [re.sub(r"\]\(\S+\)", "](link)", path.read_text()) for path in (page.table.parent / "RESULTS.md", page.page)]
     assert pages[0] == pages[1]
     assert (page.table.parent / "leaderboard.png").exists()
+
+
+def test_the_leaderboard_says_the_note(arguments, data, results, tmp_path, capsys):
+    noted = shutil.copytree(data, tmp_path / "noted")
+    described = json.loads((noted / "dataset.json").read_text())
+    (noted / "dataset.json").write_text(json.dumps(described | {"note": "drawn by code, not photographs"}))
+    arguments[arguments.index(str(data))] = str(noted)
+    assert leaderboard.main(arguments) == 0
+    folder, called = results / "small_digits", "small_digits (drawn by code, not photographs)"
+    assert f"\n{called}: 2 forget sets (private, private-2)" in capsys.readouterr().out
+    page = (folder / "RESULTS.md").read_text()
+    assert f"# Results: {called}, 2 private forget sets, 4 runs" in page
+    assert "retrained networks on each of\n2 forget sets (private, private-2) of" in page
+    assert set(pd.read_csv(folder / "leaderboard.csv").note) == {"drawn by code, not photographs"}
 
 
 def test_unequal_budgets_are_refused_before_any_work(arguments, tmp_path, monkeypatch, capsys):

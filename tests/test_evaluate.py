@@ -1,5 +1,6 @@
 """evaluate.py from end to end on a small data set: what it keeps, goes on from, and refuses."""
 
+import html
 import json
 import os
 import random
@@ -140,6 +141,32 @@ def test_every_private_forget_set(data, results, method, capsys):
     before = times(results)
     assert run(data, results, method, FINETUNE, "--split", "private*") == 0
     assert times(results) == before and capsys.readouterr().out == printed
+
+
+def test_every_output_says_the_note(data, results, method, tmp_path, capsys):
+    """And a note that is added, changed or taken away makes no run and no score anew."""
+    assert run(data, results, method) == 0
+    folder = results / "small_digits"
+    made, before = times(results), json.loads((folder / "public" / "noisy" / "summary.json").read_text())
+    assert before["note"] == ""
+    noted = shutil.copytree(data, tmp_path / "noted")
+    described = json.loads((noted / "dataset.json").read_text())
+    capsys.readouterr()
+    for note in ("drawn by code & not photographs", "drawn by hand", ""):
+        (noted / "dataset.json").write_text(json.dumps(described | ({"note": note} if note else {})))
+        assert run(noted, results, method) == 0
+        assert times(results) == made
+        said = f"small_digits ({note}), public split" if note else "small_digits, public split"
+        assert said in capsys.readouterr().out
+        summary = json.loads((folder / "public" / "noisy" / "summary.json").read_text())
+        assert summary == before | {"note": note, "checked": summary["checked"]}
+        page = html.unescape((folder / "public" / "report.html").read_text())
+        assert f"<title>{said}" in page and ("<p><strong>" in page) == bool(note)
+        assert f"<strong>{note[:1].upper()}{note[1:]}</strong>" in page or not note
+    (noted / "dataset.json").write_text(json.dumps(described | {"note": "drawn by code"}))
+    assert run(noted, results, method, "--split", "private*") == 0
+    assert "\nsmall_digits (drawn by code): 2 forget sets" in capsys.readouterr().out
+    assert set(pd.read_csv(folder / "private_scores.csv").note) == {"drawn by code"}
 
 
 def test_a_stop_between_forget_sets_loses_nothing(data, results, tmp_path, capsys):
