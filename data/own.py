@@ -241,14 +241,8 @@ def read(found: pd.DataFrame, size: int) -> tuple[pd.DataFrame, np.ndarray]:
         before = person
     else:
         person, before = np.arange(len(found)), found.age  # one folder of images/ per label, not per image
-    table = pd.DataFrame(
-        {
-            "image_id": [f"{first}-{row}" for row, first in enumerate(before)],
-            "age": found.age,
-            "person_id": person,
-            "source": found.source,
-        }
-    )
+    image_ids = [f"{first}-{row}" for row, first in enumerate(before)]
+    table = found[["age", "source"]].assign(image_id=image_ids, person_id=person)
     kept = np.flatnonzero(~(conflicting | copied))
     if not len(kept):
         raise Problem("no image is left")
@@ -306,7 +300,9 @@ def divide(
     forget = _forget(table.assign(person_id=range(len(table))) if plan.by == EXAMPLE else table, train, plan)
     sizes = [len(rows) for rows in forget.values()]
     if min(sizes) < 2:
-        raise Problem("a forget set would be one image, on which batch norm cannot train: raise --forget-share")
+        raise Problem(
+            "a forget set would have less than two images, and batch norm cannot train on one: raise --forget-share"
+        )
     if 2 * max(sizes) > len(train):
         raise Problem(f"a forget set would be {max(sizes)} of {len(train)} training images, over half: lower --forget-share")
     return DataSet(table, pictures, classes, train, validation, test, forget, note=note, labels=labels)
