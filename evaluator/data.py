@@ -133,7 +133,8 @@ class Examples(Dataset):
         digest = hashlib.sha256("\n".join(self.image_ids).encode())
         for name in TENSORS:
             tensor = getattr(self, name)
-            digest.update(str(tensor.shape).encode() + tensor.cpu().numpy().tobytes())
+            digest.update(str(tensor.shape).encode())
+            digest.update(tensor.cpu().contiguous().numpy())
         return digest.hexdigest()
 
 
@@ -420,7 +421,7 @@ def _warn(files: Mapping[str, Path], tables: Mapping[str, _Table], read: Mapping
     ids = {part: table.images.ids for part, table in tables.items()}
     kept, forgotten = len(ids["retain"]), len(ids["forget"])
     if forgotten == 1:
-        warn(f"{files['forget']}: one image only: its score is mostly chance, and batch norm fails on a batch of one image")
+        warn(f"{files['forget']}: one image: its score is mostly chance, and batch norm may fail on a batch of one image")
     if forgotten > kept:
         warn(f"{files['forget']}: {forgotten} images are to be forgotten and {kept} kept; are the two files swapped?")
     training = ["retain", "forget"]

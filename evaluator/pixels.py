@@ -1,6 +1,6 @@
 """Image files -> pixels in memory. Those of a large folder are kept in its file .pixels, and decoded only once.
 
-The file is a line of JSON, [images, 2] uint64 (key, fingerprint) and [images, 3, H, W] uint8. An image is read from it while
+The file is a line of text, [images, 2] uint64 (key, fingerprint) and [images, 3, H, W] uint8. An image is read from it while
 its key (which names the file and its present state) is there, and the pixels have their fingerprint: whatever changed or was
 damaged is decoded anew. It may be deleted at any time.
 """
