@@ -1,6 +1,7 @@
 """Writes a data folder in the competition's layout, and draws its sets: shared by everything that makes a data folder."""
 
 import io
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,7 +11,7 @@ import pandas as pd
 from PIL import Image
 
 from evaluator.data import COLUMNS
-from evaluator.files import Problem, write_atomically, write_json
+from evaluator.files import Problem, write_csv, write_json
 from evaluator.progress import progress
 
 SEED = 43  # of the shuffle before the 80/10/10 split, as in the competition
@@ -46,10 +47,9 @@ def write(folder: Path, made: DataSet) -> None:
             path.unlink()
     with progress("images", len(made.table), "image") as bar:
         for image_id, picture in zip(made.table.image_id, made.pictures, strict=True):
-            content = io.BytesIO()
-            Image.fromarray(picture).convert("RGB").save(content, format="PNG")
-            _write(folder / "images" / f"{image_id.replace('-', '/', 1)}.png", content.getvalue())
+            _write_image(folder / "images" / f"{image_id.replace('-', '/', 1)}.png", picture)
             bar.update()
+    getattr(os, "sync", lambda: None)()  # once for all images: a sync after each takes minutes
     table = made.table[COLUMNS]
     _write_csv(folder / "validation.csv", table.iloc[made.validation])
     _write_csv(folder / "test.csv", table.iloc[made.test])
@@ -108,11 +108,14 @@ def forget_subjects(
     return drawn
 
 
-def _write(path: Path, content: bytes) -> None:
-    """A file that holds this already keeps its date, so that what was read from it before is known to be right."""
-    if not (path.is_file() and path.read_bytes() == content):
-        write_atomically(path, lambda file: file.write(content))
+def _write_image(path: Path, picture: np.ndarray) -> None:
+    """A file that holds the same already keeps its date, and one that was cut off is made anew."""
+    content = io.BytesIO()
+    Image.fromarray(picture).convert("RGB").save(content, format="PNG")
+    if not (path.is_file() and path.read_bytes() == content.getvalue()):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content.getvalue())
 
 
 def _write_csv(path: Path, table: pd.DataFrame) -> None:
-    _write(path, table.sort_values("image_id").to_csv(index=False).encode())
+    write_csv(path, table.sort_values("image_id"))

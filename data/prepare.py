@@ -14,6 +14,7 @@ import own
 import people
 from digits import digits
 from faces import faces
+from filelock import FileLock
 from layout import DataSet, write
 
 from evaluator import command, data
@@ -32,7 +33,7 @@ class Source:
 
 SOURCES = {
     "digits": Source(digits, "scikit-learn's 1,797 handwritten digits, 8 x 8; nothing is downloaded"),
-    "fashion": Source(fashion.fashion, "Fashion-MNIST, unbalanced: 15,555 photographs of clothes, 28 x 28", fashion.options),
+    "fashion": Source(fashion.fashion, "Fashion-MNIST, unbalanced: 15,557 photographs of clothes, 28 x 28", fashion.options),
     "fashion-small": Source(fashion.fashion_small, "3,000 of them, 14 x 14, for two CPU cores", fashion.options),
     "faces": Source(faces, "synthetic faces drawn by code, 32 x 32: a stand-in for the competition's; no download"),
     "cifar10": Source(cifar10.cifar10, "CIFAR-10: 60,000 photographs, 32 x 32, 10% forgotten", cifar10.options),
@@ -47,7 +48,10 @@ SOURCES = {
 
 def prepare(folder: Path, source: Source, **options: object) -> None:
     """Make a data folder, and read it back as the evaluator will."""
-    write(folder, source.make(**options))
+    data.check({"name": folder.name}, data.DATASET, folder)  # before thousands of images are read
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.with_name(f".{folder.name}.lock")):
+        write(folder, source.make(**options))
     for split in data.splits(folder, "*"):
         read = data.load(folder, split)
         sizes = ", ".join(f"{len(getattr(read, part)):,} {part}" for part in ("retain", "forget", "validation", "test"))
