@@ -203,7 +203,10 @@ def original_path(data: Data, recipe: Recipe) -> Path:
 
 
 def train_original(data: Data, recipe: Recipe) -> None:
-    """Train the network to unlearn from on the retain and forget sets together, and write it into the data folder."""
+    """Train the network to unlearn from on the retain and forget sets together, and write it into the data folder.
+
+    Raises Problem when its weights do not stay finite.
+    """
     path = original_path(data, recipe)
     device = data.retain.images.device
     build = functools.partial(recipe.network, data.classes, image_size(data))
@@ -213,6 +216,8 @@ def train_original(data: Data, recipe: Recipe) -> None:
         for done, steps in train(net, data.train, recipe, data.class_counts, [source]):
             if done * recipe.epochs % steps == 0:
                 bar.update()
+    if not all(tensor.isfinite().all() for tensor in net.state_dict().values()):
+        raise Problem(f"{path}: its training diverged: give the recipe another learning_rate than {recipe.learning_rate:g}")
     content = io.BytesIO()
     torch.save(plain_state(net), content)
     # The note is written first, with a hash of this content: a file without its own note is never taken for ours.
