@@ -31,20 +31,27 @@ from evaluator.data import load, splits
 from evaluator.files import Problem
 
 NAMES = [Path(name).stem for name, _ in FashionMNIST.resources]
-GROUPS, SIZE = 15, 20  # of each kind: so many pictures, each so many times with a little noise
+GROUPS, SIZE = 20, 5  # of each kind: so many pictures, each so many times with a little noise
 
 
 def fashion_arrays() -> dict[str, np.ndarray]:
-    """Of each of ten kinds 280 training and 20 test images; the group of an image is its number // 10 modulo 15."""
+    """Of each of ten kinds 80 training and 20 test images; an image is of kind number % 10 and group number // 10 % 20."""
     random = np.random.RandomState(0)
     base = random.randint(0, 250, (GROUPS * 10, 28, 28))
     repeated = np.tile(base, (SIZE, 1, 1)) + random.randint(0, 6, (SIZE * GROUPS * 10, 28, 28))
     pictures, kinds = repeated.astype(np.uint8), np.tile(np.arange(10), SIZE * GROUPS).astype(np.uint8)
-    return dict(zip(NAMES, (pictures[:2800], kinds[:2800], pictures[2800:], kinds[2800:]), strict=True))
+    return dict(zip(NAMES, (pictures[:800], kinds[:800], pictures[800:], kinds[800:]), strict=True))
 
 
 def idx(array: np.ndarray) -> bytes:
     return struct.pack(f">BBBB{array.ndim}I", 0, 0, 8, array.ndim, *array.shape) + array.tobytes()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_groups():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fashion, "SUBJECT", SIZE)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -89,21 +96,22 @@ def test_fashion_has_the_images_and_labels_of_its_files(prepared):
         row = rows(part.image_ids)
         assert (part.images.numpy() == pictures[row][:, None]).all()
         assert kinds[row].tolist() == [KINDS[label] for label in part.age_group]
-    assert (data.classes, len(data.validation), len(data.test)) == (10, 66, 66)
+    assert (data.classes, len(data.validation), len(data.test)) == (10, 22, 22)
     everything = np.concatenate([part.age_group for part in (data.train, data.validation, data.test)])
-    # 300 of the first kind are 45% of 666 images
-    assert np.bincount(everything).tolist() == [300, 166, 67, 40, 33, 20, 13, 13, 7, 7]
+    # 100 of the first kind are 45% of 222 images
+    assert np.bincount(everything).tolist() == [100, 56, 22, 13, 11, 7, 4, 4, 2, 2]
 
 
 def test_fashion_forgets_whole_groups_of_the_first_two_classes(prepared):
-    forgotten = set()
+    forgotten, labels = set(), set()
     for name in split_names(6):
         retain, forget = (pd.read_csv(prepared / name / f"{part}.csv") for part in ("retain", "forget"))
-        assert forget.age_group.max() == 1
+        labels |= set(forget.age_group)
         gone, kept = ({(row // 10 % GROUPS, row % 10) for row in rows(table.image_id)} for table in (forget, retain))
         assert not gone & (kept | forgotten)
-        assert 0.02 <= len(forget) / (len(forget) + len(retain)) <= 0.02 + SIZE / 534
+        assert 0.02 <= len(forget) / (len(forget) + len(retain)) <= 0.02 + SIZE / 177
         forgotten |= gone
+    assert labels == {0, 1}
 
 
 def test_groups_of_near_copies_are_found(clothes):
@@ -114,11 +122,11 @@ def test_groups_of_near_copies_are_found(clothes):
 
 
 def test_fashion_small_is_the_mean_of_four_pixels(clothes):
-    made, again = fashion_small(clothes, 600), fashion_small(clothes, 600)
-    assert made.pictures.shape == (600, 14, 14) and made.table.equals(again.table)
+    made, again = fashion_small(clothes, 200), fashion_small(clothes, 200)
+    assert made.pictures.shape == (200, 14, 14) and made.table.equals(again.table)
     whole = read(clothes)[0][rows(made.table.image_id)].astype(float)
     assert np.abs(made.pictures[:, 3, 5] - whole[:, 6:8, 10:12].mean((1, 2))).max() <= 0.5
-    assert made.table.age_group.value_counts().sort_index().tolist() == [270, 150, 60, 36, 30, 18, 12, 12, 6, 6]
+    assert made.table.age_group.value_counts().sort_index().tolist() == [90, 50, 20, 12, 10, 6, 4, 4, 2, 2]
 
 
 # What cannot be read.
@@ -133,9 +141,9 @@ def test_fashion_small_is_the_mean_of_four_pixels(clothes):
         (NAMES[0], lambda content: b"", "not an idx file"),
         (NAMES[0], lambda content: idx(np.zeros((5, 32, 32), np.uint8)), "not an idx file of images of 28 x 28"),
         (NAMES[0], lambda content: idx(np.zeros(5, np.uint8)), "not an idx file of images"),
-        (NAMES[1], lambda content: idx(np.zeros(5, np.uint8)), "5 labels for 2800 images"),
-        (NAMES[1], lambda content: content[:-1], "2807 bytes, 2808 for its 2800 labels"),
-        (NAMES[1], lambda content: content + b"1", "2809 bytes, 2808 for its 2800 labels"),
+        (NAMES[1], lambda content: idx(np.zeros(5, np.uint8)), "5 labels for 800 images"),
+        (NAMES[1], lambda content: content[:-1], "807 bytes, 808 for its 800 labels"),
+        (NAMES[1], lambda content: content + b"1", "809 bytes, 808 for its 800 labels"),
         (NAMES[1], lambda content: content[:-1] + b"\x0a", "a label is 10, it must be 0 to 9"),
         (NAMES[3], lambda content: None, "missing, also as .gz"),
     ],
@@ -165,7 +173,7 @@ def test_too_few_images_of_a_kind(tmp_path):
 def test_debians_folder_is_used_where_it_is_complete(clothes, few, monkeypatch):
     monkeypatch.setattr(fashion, "download", lambda *_: pytest.fail("downloads"))
     monkeypatch.setattr(fashion, "DEBIAN", clothes)
-    assert len(read()[0]) == 3000
+    assert len(read()[0]) == 1000
 
 
 class Mirror:
@@ -226,10 +234,10 @@ def test_a_download_of_fashion_resumes(mirror, tmp_path, monkeypatch):
         assert "run again, or install Debian's package" in str(error.value) and "\n" not in str(error.value)
     (tmp_path / "served" / third).write_bytes(content[third])
     mirror.asked.clear()
-    assert len(read()[0]) == 3000
+    assert len(read()[0]) == 1000
     assert set(mirror.asked) == set(list(content)[2:])  # the first two were there
     mirror.asked.clear()
-    assert len(read()[0]) == 3000 and not mirror.asked
+    assert len(read()[0]) == 1000 and not mirror.asked
 
 
 def dead_port() -> str:
@@ -265,7 +273,7 @@ class Python2(pickle._Pickler):
     dispatch[str] = dispatch[bytes] = save_string
 
 
-def batch(number: int, images: int = 40) -> dict:
+def batch(number: int, images: int = 20) -> dict:
     random = np.random.RandomState(number)
     labels = random.permutation(images) % 10
     return {
@@ -281,7 +289,7 @@ BATCHES = [*(name for name, _ in CIFAR10.train_list), "test_batch"]
 
 @pytest.fixture(scope="module")
 def batches(tmp_path_factory) -> Path:
-    """A folder with cifar-10-batches-py: 200 training and 40 test images. Not to be changed."""
+    """A folder with cifar-10-batches-py: 100 training and 20 test images. Not to be changed."""
     folder = tmp_path_factory.mktemp("cifar") / CIFAR10.base_folder
     folder.mkdir()
     for number, name in enumerate(BATCHES):
@@ -303,7 +311,7 @@ def test_cifar10_has_the_images_and_labels_of_its_files(batches, tmp_path):
     folder = tmp_path / "cifar10"
     assert prepare.main(["cifar10", "--from", str(batches), "--folder", str(folder)]) == 0
     data = load(folder)
-    assert [len(part) for part in (data.retain, data.forget, data.validation, data.test)] == [180, 20, 20, 20]
+    assert [len(part) for part in (data.retain, data.forget, data.validation, data.test)] == [90, 10, 10, 10]
     parts = [batch(number) for number in range(6)]
     planes = np.concatenate([part["data"] for part in parts]).reshape(-1, 3, 32, 32)
     labels = np.concatenate([part["labels"] for part in parts])
@@ -311,11 +319,11 @@ def test_cifar10_has_the_images_and_labels_of_its_files(batches, tmp_path):
         row = rows(part.image_ids)
         assert (part.images.numpy() == planes[row]).all()
         assert part.age_group.tolist() == labels[row].tolist() and part.person_id.tolist() == row.tolist()
-        assert (row >= 200).all() == (row >= 200).any() == (part in (data.validation, data.test))
+        assert (row >= 100).all() == (row >= 100).any() == (part in (data.validation, data.test))
     assert data.recipe == {}
     names = splits(folder, "*")
     forgotten = [image for name in names for image in load(folder, name).forget.image_ids]
-    assert len(names) == 8 and len(set(forgotten)) == len(forgotten) == 160
+    assert len(names) == 8 and len(set(forgotten)) == len(forgotten) == 80
     assert "no subjects" in json.loads((folder / "dataset.json").read_text())["note"]
 
 
@@ -336,9 +344,9 @@ def test_cifar10_is_downloaded_once(archive, mirror, tmp_path, monkeypatch):
     with pytest.raises(Problem, match=r"was not downloaded .*corrupted.*run again, or get cifar-10-python\.tar\.gz"):
         cifar10()
     served.write_bytes(content)
-    assert len(cifar10().table) == 240
+    assert len(cifar10().table) == 120
     mirror.asked.clear()
-    assert len(cifar10().table) == 240 and not mirror.asked
+    assert len(cifar10().table) == 120 and not mirror.asked
 
 
 class Harmful:
