@@ -55,7 +55,7 @@ def prepare(folder: Path, source: Source, **options: object) -> None:
     for split in data.splits(folder, "*"):
         read = data.load(folder, split)
         sizes = ", ".join(f"{len(getattr(read, part)):,} {part}" for part in ("retain", "forget", "validation", "test"))
-        print(f"{folder.name}, {split}: {sizes}")
+        print(f"{read.title}, {split}: {sizes}")
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 class Problem(Exception):
     """Something the user can fix. Its text is one line: the file, row, run or value, and what to do."""
 
+    def __str__(self) -> str:  # a folder's name may hold a newline
+        return "".join(sign if sign.isprintable() else repr(sign)[1:-1] for sign in super().__str__())
+
 
 def one_line(error: BaseException) -> str:
     """An error's text on one line, as part of a Problem's."""

@@ -251,7 +251,7 @@ def tune_all(args) -> None:
         minutes = (time.perf_counter() - start) / 60
         write(found, method, data_name)
         print(
-            f"{method.name}: score {found['score']:.4f} ({found['trials']}), {found['config']} ({minutes:.1f} min)",
+            f"{evaluations[0].data.title}, {method.name}: score {found['score']:.4f} ({found['trials']}), {found['config']} ({minutes:.1f} min)",
             flush=True,
         )
 
