@@ -31,7 +31,10 @@ class Config:
                 raise ValueError(f"Config needs {rule}: {self}")
 
 
-PRESETS = {"digits": Config(epochs=1.16, learning_rate=0.145)}  # the better of two searches
+PRESETS = {
+    "digits": Config(epochs=1.16, learning_rate=0.145),  # the better of two searches
+    "faces": Config(learning_rate=4.4e-3),  # an epoch has 4.4 times fewer steps than the competition's
+}
 
 
 def unlearning(net, retain_loader, forget_loader, val_loader, config: Config = Config()) -> None:
