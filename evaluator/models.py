@@ -76,7 +76,8 @@ def trial(
         raise Problem(f"{reprlib.repr(model)} is not a classifier of torchvision{others}")
     shapes_only = "cpu" if model.startswith("regnet") else "meta"  # a RegNet computes with values while it is made
     try:
-        with torch.random.fork_rng([]), torch.device(shapes_only), torch.no_grad():
+        with torch.random.fork_rng([]), torch.device(shapes_only), torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of layers without channels, which are an error below
             net = network(model, classes, width, small_images, size)
             net.train()(torch.empty(2, 3, *size))
     except Exception as error:  # each network has its own way to fail
