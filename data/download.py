@@ -5,11 +5,11 @@ from http.client import HTTPException
 from pathlib import Path
 
 from filelock import FileLock
-from people import DOWNLOADS
 from torchvision.datasets.utils import download_url
 
 from evaluator.files import Problem, one_line
 
+DOWNLOADS = Path(__file__).resolve().parent / ".downloads"  # git-ignored; a download that broke off continues there
 SECONDS = 60  # without a byte, after which a connection is given up; Python's own default is never
 
 

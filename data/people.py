@@ -18,12 +18,12 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from download import DOWNLOADS
 from layout import DataSet
 from own import Plan, divide, files, inside, left_out, plan_options, read, read_csv
 
 from evaluator.files import Problem, one_line
 
-DOWNLOADS = Path(__file__).resolve().parent / ".downloads"  # git-ignored; a download that broke off continues there
 GROUPS = 10
 
 # What the path of an image says, by its end. UTKFace: age_gender_race_date&time; AgeDB: number_name_age_gender.
