@@ -167,6 +167,7 @@ def budget(data: str) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = command.parser(__doc__, "split", split="private*")
+    parser.add_argument("methods", nargs="*", metavar="NAME", help="only these methods, such as fanchuan (default: all)")
     parser.add_argument("--published", action="store_true", help="published values, rates adapted to the number of steps")
     parser.add_argument("--page", type=Path, help="the page to write (default: <results>/<data>/RESULTS.md or PUBLISHED.md)")
     args = parser.parse_args(arguments)
@@ -184,6 +185,10 @@ def write(args) -> None:
         else:
             values = TUNED.format(budget=budget(data), data=data)  # before any work
             methods = contestants(data)
+        unknown = set(args.methods) - {method.name for method in methods}
+        if unknown:
+            raise Problem(f"{min(unknown)}: no method has this name; there are: {', '.join(one.name for one in methods)}")
+        methods = [method for method in methods if not args.methods or method.name in args.methods]
         for method in methods:
             try:
                 summaries.setdefault(method.name, []).append(evaluation.score(method))
