@@ -250,10 +250,8 @@ def tune_all(args) -> None:
         found = tune(evaluations, method, args.trials)
         minutes = (time.perf_counter() - start) / 60
         write(found, method, data_name)
-        print(
-            f"{evaluations[0].data.title}, {method.name}: score {found['score']:.4f} ({found['trials']}), {found['config']} ({minutes:.1f} min)",
-            flush=True,
-        )
+        said = f"score {found['score']:.4f} ({found['trials']}), {found['config']} ({minutes:.1f} min)"
+        print(f"{evaluations[0].data.title}, {method.name}: {said}", flush=True)
 
 
 if __name__ == "__main__":
