@@ -56,7 +56,7 @@ def over_sets(table: pd.DataFrame) -> pd.DataFrame:
 def title(data: str, table: pd.DataFrame) -> str:
     """What the scores of `per_set` are on, in words."""
     sizes = table.groupby("split", sort=False).forget_examples.first()
-    which = f"{data}: {len(sizes)} forget sets ({', '.join(sizes.index)})"
+    which = f"{data}: {len(sizes)} forget set{'s' if len(sizes) > 1 else ''} ({', '.join(sizes.index)})"
     return f"{which} of {sizes.min()} to {sizes.max()} examples, {table.runs.iloc[0]} runs"
 
 
@@ -66,13 +66,14 @@ def noted(table: pd.DataFrame, note: str) -> pd.DataFrame:
 
 
 def as_text(means: pd.DataFrame) -> pd.DataFrame:
-    """`over_sets` for people to read."""
-
+    """`over_sets` for people to read. Of one forget set, no error can be said."""
+    error = means.standard_error.map(" ± {:.4f}".format, na_action="ignore").fillna("")
+    interval = means.low.map("{:.4f}".format) + means.high.map(" to {:.4f}".format)
     return pd.DataFrame(
         {
             "method": means.method.str.ljust(means.method.str.len().max()),
-            "score": means.score.map("{:.4f}".format) + means.standard_error.map(" ± {:.4f}".format),
-            "95% interval": means.low.map("{:.4f}".format) + means.high.map(" to {:.4f}".format),
+            "score": means.score.map("{:.4f}".format) + error,
+            "95% interval": interval.where(means.low.notna(), ""),
             "of ceiling": means.of_ceiling.map("{:.0%}".format),
             "F": means.forgetting_quality.map("{:.4f}".format),
             "RA_U/RA_R": (means.ra_unlearned / means.ra_retrained).map("{:.4f}".format),
