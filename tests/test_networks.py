@@ -94,7 +94,13 @@ def original(request) -> nn.Module:
 def test_they_are_torchvisions(name, size):
     with torch.device("meta"):
         net = network(name, 7, size=(size, size))
-        how = {"image_size": size} if name == "vit_b_16" else {"aux_logits": False} if name == "googlenet" else {}
+        how = (
+            {"image_size": size}
+            if name == "vit_b_16"
+            else {"aux_logits": False, "init_weights": True}
+            if name == "googlenet"
+            else {}
+        )
         expected = torchvision.models.get_model(name, num_classes=7, **how)
     assert str(net) == str(expected)
     shapes = {key: tensor.shape for key, tensor in expected.state_dict().items()}
