@@ -27,7 +27,7 @@ from evaluator.method import Method
 from evaluator.pool import answers
 from evaluator.runs import retrained_pool, unlearned_pool
 from evaluator.scoring import processor
-from evaluator.training import Recipe, generators, original_network, train
+from evaluator.training import Recipe, generators, image_size, original_network, train
 
 EPOCHS = 2  # of the loops; the pool's networks get the full training
 
@@ -39,7 +39,7 @@ def seconds(work: Callable[[], object]) -> float:
 
 
 def starting_kits_loop(data, recipe: Recipe) -> None:
-    net = recipe.network(data.classes).train()
+    net = recipe.network(data.classes, image_size(data)).train()
     optimizer = torch.optim.SGD(net.parameters(), recipe.learning_rate, 0.9, weight_decay=recipe.weight_decay)
     for _ in range(EPOCHS):
         total = 0.0
@@ -52,7 +52,7 @@ def starting_kits_loop(data, recipe: Recipe) -> None:
 
 
 def plain_loop(data, recipe: Recipe) -> None:
-    net = recipe.network(data.classes)
+    net = recipe.network(data.classes, image_size(data))
     for _ in train(net, data.retain, dataclasses.replace(recipe, epochs=EPOCHS), data.class_counts, generators([0], "cpu")):
         pass
 

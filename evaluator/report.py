@@ -34,6 +34,7 @@ from evaluator.models import network_digest
 from evaluator.pool import FORMAT, Pool
 from evaluator.runs import FIRST_SEED, retrained_pool
 from evaluator.scoring import COMPETITION_RUNS, COST_LIMIT, confidences
+from evaluator.training import original_path
 
 UNLEARNED, RETRAINED, GREY = "#d1495b", "#30638e", "#999999"
 LOW, MIDDLE, HIGH = "#3a8ed0", "#9d72c4", "#e2566c"  # of epsilon: seen well on white and on black
@@ -121,7 +122,7 @@ def kept(evaluation: Evaluation) -> tuple[list[dict], dict[str, str]]:
     reason why it has none that may be shown, and what to do. Nothing is run."""
     summaries, left_out = [], {}
     retrained = retrained_pool(evaluation.setting, evaluation.data, evaluation.recipe, runs=0)
-    given = (evaluation.data.folder / "original_model.pth").exists()
+    given = original_path(evaluation.data, evaluation.recipe).exists()
     original = network_digest(evaluation.original()) if given else None
     for folder in sorted(evaluation.results.iterdir()):
         a_method = folder.name == NO_UNLEARNING.name or folder.name not in RESERVED
@@ -557,6 +558,7 @@ def command_line(evaluation: Evaluation, summary: dict) -> str:
     elif summary["method"] != NO_UNLEARNING.name:
         words.append(summary["path"])
     words += ["--data", where, "--split", evaluation.data.split]
+    words += ["--model", evaluation.model] if evaluation.model else []
     words += ["--runs", str(summary["runs"]), "--device", summary["device"]]
     if evaluation.setting.results != Path("results").absolute():
         words += ["--results", str(evaluation.setting.results)]

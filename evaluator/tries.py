@@ -149,7 +149,7 @@ class Tries:
         pool = Pool(folder, made_from) if made_from else None
         if pool is None or pool.folder.name != kept:
             raise Problem(f"{folder / kept}: damaged or gone; delete {self.file} to begin a new table")
-        now = {"data": self.evaluation.data.digest, "recipe": dataclasses.asdict(self.evaluation.recipe)}
+        now = {"data": self.evaluation.data.digest, "recipe": self.evaluation.recipe.made_from}
         for name, value in now.items():
             if made_from.get(name) != value:
                 raise Problem(f"{self.file}: try {number} was made with other {name}; delete the file to begin a new table")
