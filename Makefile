@@ -15,7 +15,8 @@
 # make test                lint and tests
 # make format              reformat the code as `make test` wants it
 # make clean               delete results/, caches and the data that code makes again
-# Data that are missing are made first. Defaults where a target takes them: DATA=digits SPLIT=public RUNS=512. JOBS=1 uses one core only.
+# Defaults where a target takes them: DATA=digits SPLIT=public RUNS=512. JOBS=1 uses one core only.
+# Data that are missing are made first.
 # Every target sets up what it needs; VENV=/path/to/environment uses an environment that exists.
 
 VENV ?= .venv

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from digits import RECIPE as DIGITS
 from download import download
 from layout import SEED, DataSet, forget_subjects, hold_out
 from scipy.cluster.hierarchy import fcluster, ward
@@ -37,18 +38,7 @@ FORGET_SETS = 6  # public ones, and as many private
 FORGET_SHARE = 0.02  # of the training images, as in the competition
 
 RECIPE = {"width": 16}  # a quarter of the channels, so that a CPU can train a few; all else is the competition's recipe
-SMALL_RECIPE = {
-    "width": 4,
-    "small_images": True,
-    "epochs": 6,
-    "batch_size": 32,
-    "optimizer": "sgd",
-    "learning_rate": 0.1,
-    "weight_decay": 5e-4,
-    "schedule": "one_cycle",
-    "class_weighted": False,
-    "networks_at_once": 16,
-}
+SMALL_RECIPE = DIGITS | {"epochs": 6}
 
 
 def options(parser: argparse.ArgumentParser) -> None:

@@ -12,6 +12,7 @@ from PIL import Image
 
 from evaluator.data import COLUMNS
 from evaluator.files import Problem, write_csv, write_json
+from evaluator.pixels import image_path
 from evaluator.progress import progress
 
 SEED = 43  # of the shuffle before the 80/10/10 split, as in the competition
@@ -47,7 +48,7 @@ def write(folder: Path, made: DataSet) -> None:
             path.unlink()
     with progress("images", len(made.table), "image") as bar:
         for image_id, picture in zip(made.table.image_id, made.pictures, strict=True):
-            _write_image(folder / "images" / f"{image_id.replace('-', '/', 1)}.png", picture)
+            _write_image(folder / "images" / image_path(image_id), picture)
             bar.update()
     getattr(os, "sync", lambda: None)()  # once for all images: a sync after each takes minutes
     table = made.table[COLUMNS]

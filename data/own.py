@@ -25,9 +25,8 @@ from evaluator.progress import progress
 # Pillow's readers that need no other program, and the ends of the names of files that they read.
 FORMATS = ["PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP", "PPM"]
 SUFFIXES = {".png", ".jpg", ".jpeg", ".gif", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".pgm"}
-LARGEST = (
-    100_000_000  # pixels of an image that is read, 300 MB in memory; Pillow itself warns at 89 and refuses at 179 million
-)
+# Pixels of an image that is read, 300 MB in memory; Pillow itself warns at 89 and refuses at 179 million.
+LARGEST = 100_000_000
 SHARE = number("a number above 0 and below 1", 1e-9, 1 - 1e-9)
 SUBJECT, EXAMPLE = "subject", "example"
 

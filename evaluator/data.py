@@ -411,19 +411,19 @@ def _number(text: str) -> int | str:
 
 
 @cache
-def warn(line: str) -> None:
+def say(line: str) -> None:
     """On stderr, once per command."""
-    print(f"warning: {line}", file=sys.stderr, flush=True)
+    print(line, file=sys.stderr, flush=True)
 
 
 def _warn(files: Mapping[str, Path], tables: Mapping[str, _Table], read: Mapping[str, pixels.Pixels]) -> None:
     """Warn of sets that are allowed but perhaps not meant: odd sizes, and equal images in two of them."""
     ids = {part: table.images.ids for part, table in tables.items()}
-    kept, forgotten = len(ids["retain"]), len(ids["forget"])
+    kept, forgotten, warning = len(ids["retain"]), len(ids["forget"]), f"warning: {files['forget']}"
     if forgotten == 1:
-        warn(f"{files['forget']}: one image: its score is mostly chance, and batch norm may fail on a batch of one image")
+        say(f"{warning}: one image: its score is mostly chance, and batch norm may fail on a batch of one image")
     if forgotten > kept:
-        warn(f"{files['forget']}: {forgotten} images are to be forgotten and {kept} kept; are the two files swapped?")
+        say(f"{warning}: {forgotten} images are to be forgotten and {kept} kept; are the two files swapped?")
     training = ["retain", "forget"]
     for part, others, where in (
         ("forget", ["retain"], "in retain.csv"),
@@ -438,4 +438,4 @@ def _warn(files: Mapping[str, Path], tables: Mapping[str, _Table], read: Mapping
             names = [image_id for other in others for image_id in ids[other]]
             twin = min((names[row] for row in np.flatnonzero(theirs == ours[equal[0]])), key=image_path)
             first = f"the first: {ids[part][equal[0]]} = {twin}"
-            warn(f"{files[part]}: {len(equal)} of {len(ours)} images are also, pixel for pixel, {where} ({first})")
+            say(f"warning: {files[part]}: {len(equal)} of {len(ours)} images are also, pixel for pixel, {where} ({first})")

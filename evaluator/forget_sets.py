@@ -67,7 +67,7 @@ def noted(table: pd.DataFrame, note: str) -> pd.DataFrame:
 
 def as_text(means: pd.DataFrame) -> pd.DataFrame:
     """`over_sets` for people to read. Of one forget set, no error can be said."""
-    error = means.standard_error.map(" ± {:.4f}".format, na_action="ignore").fillna("")
+    error = means.standard_error.map(" ± {:.4f}".format).where(means.low.notna(), "")
     interval = means.low.map("{:.4f}".format) + means.high.map(" to {:.4f}".format)
     return pd.DataFrame(
         {

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from evaluator.data import BOOLEAN, Allowed, Data, Examples, Loader, check, integer, number, one_of
+from evaluator.data import BOOLEAN, Allowed, Data, Examples, Loader, check, integer, number, one_of, say
 from evaluator.ensemble import Ensemble, obstacle
 from evaluator.files import Problem, read_json, write_atomically, write_json
 from evaluator.models import initialise, is_resnet, load_network, network, plain_state, seeded, trial
@@ -82,7 +82,7 @@ class Recipe:
         elif recipe.model != cls.model and "networks_at_once" not in values:
             most, why = max(1, min(most, MOST_WEIGHTS // weights)), f"each has {weights / 1e6:.0f} million weights"
         if most == 1 < recipe.networks_at_once:
-            _say(f"{recipe.model}: the networks are trained one at a time: {why}")
+            say(f"{recipe.model}: the networks are trained one at a time: {why}")
         return dataclasses.replace(recipe, networks_at_once=most)
 
     @property
@@ -103,12 +103,6 @@ def _facts(model: str, *sizes) -> tuple[str | None, int]:
     """(the layer that keeps an ensemble from holding several, the number of weights). Raises Problem as `trial` does."""
     net = trial(model, *sizes)
     return obstacle(net), sum(parameter.numel() for parameter in net.parameters())
-
-
-@functools.cache
-def _say(line: str) -> None:
-    """Once per command."""
-    print(line, file=sys.stderr, flush=True)
 
 
 def own_model(data: Data) -> str:
@@ -238,7 +232,8 @@ def _note(path: Path) -> Path:
 
 def _original_made_from(data: Data, recipe: Recipe) -> dict:
     settings = {name: value for name, value in dataclasses.asdict(recipe).items() if name != "networks_at_once"}
-    images = hashlib.sha256(data.train.images.cpu().numpy().tobytes() + data.train.age_group.cpu().numpy().tobytes())
+    images = hashlib.sha256(data.train.images.cpu().contiguous().numpy())
+    images.update(data.train.age_group.cpu().numpy())
     counts = data.class_counts.tolist() if recipe.class_weighted else []
     return {"training images": images.hexdigest(), "class counts": counts} | settings
 

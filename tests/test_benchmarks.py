@@ -114,6 +114,35 @@ def test_the_leaderboard_says_the_note(arguments, data, results, tmp_path, capsy
     assert set(pd.read_csv(folder / "leaderboard.csv").note) == {"drawn by code, not photographs"}
 
 
+def test_published_values_change_by_one_rule(data, results):
+    evaluation = Evaluation.of(str(data), "private", 4, results, jobs=1, device="cpu")
+    methods, factor = leaderboard.as_published(evaluation)
+    batches = -(-len(evaluation.data.retain) // evaluation.recipe.batch_size)
+    assert factor == pytest.approx(550 / batches)
+    config = {method.name: method.config for method in methods}
+    assert config["no_unlearning"] == {}
+    assert config["unlearning"]["learning_rates"] == pytest.approx((1e-3 * factor,))
+    assert config["algorithm_2"]["learning_rates"] == pytest.approx([rate * factor for rate in (5e-4, *[1e-3] * 4)])
+    assert config["fanchuan"]["contrast_rate_at_last"] == pytest.approx(1e-6 * factor)
+    for method in methods[1:-1]:  # nothing else, and not a preset's values
+        same = {field for field, value in method.config.items() if value == method.defaults[field]}
+        assert {field for field in method.config if "rate" not in field} <= same
+    assert config["sun"]["last_factors"] == (1, 1, 1, 5)
+
+
+def test_a_leaderboard_of_some_methods_as_published(data, results, tmp_path, capsys):
+    arguments = ["--data", str(data), "--runs", "4", "--jobs", "1", "--results", str(results), "--split", "private"]
+    chosen = ["negrad", "finetune", "no_unlearning", "--published"]
+    assert leaderboard.main([*arguments, *chosen]) == 0
+    page = (results / "small_digits" / "PUBLISHED.md").read_text()
+    table = pd.read_csv(results / "small_digits" / "published.csv")
+    assert set(table.method.dropna()) >= {"negrad", "finetune", "no_unlearning"} and "nan" not in page.split("##")[0]
+    assert f"negrad finetune no_unlearning --data {data} --split private --published --runs 4" in page
+    assert "the ranking against the published scores: " in capsys.readouterr().out
+    assert leaderboard.main([*arguments, "fanshuan", "--published"]) == 1
+    assert "fanshuan: no method has this name; there are: no_unlearning, unlearning, " in capsys.readouterr().err
+
+
 def test_unequal_budgets_are_refused_before_any_work(arguments, tmp_path, monkeypatch, capsys):
     write_json(tmp_path / "tuned.json", {"finetune": {"trials": "2 at N = 4"}, "negrad": {"trials": "9 at N = 4"}})
     monkeypatch.setattr(Evaluation, "score", lambda *_: pytest.fail("it began to work"))

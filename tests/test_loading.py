@@ -46,7 +46,7 @@ def folder(tmp_path) -> Path:
     write_sets(folder, private__retain=IDS[:12], private__forget=IDS[12:16])
     (folder / "age_class_weights.json").write_text('{"0": 1, "1": 15}')
     (folder / "dataset.json").write_text("{}")
-    data.warn.cache_clear()
+    data.say.cache_clear()
     return folder
 
 

@@ -5,6 +5,7 @@ import dataclasses
 import json
 import multiprocessing
 import multiprocessing.forkserver
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -23,7 +24,7 @@ from torchvision.models.vgg import VGG, make_layers
 from torchvision.models.vision_transformer import VisionTransformer
 
 from evaluator import models, training
-from evaluator.data import Data, load
+from evaluator.data import Data, load, say
 from evaluator.ensemble import Ensemble, obstacle
 from evaluator.files import Problem
 from evaluator.models import initialise, network, trial
@@ -220,7 +221,7 @@ def test_another_network_than_the_folders_own(data):
 
 
 def test_large_networks_are_fewer_at_once_unless_the_recipe_says_how_many(data, capsys):
-    training._say.cache_clear()
+    say.cache_clear()
     assert recipe_of(data).networks_at_once == recipe_of(data, width=128).networks_at_once == 16
     assert recipe_of(data, "resnet34").networks_at_once == 8
     assert capsys.readouterr().err == ""
@@ -243,7 +244,7 @@ def test_large_networks_are_fewer_at_once_unless_the_recipe_says_how_many(data, 
     ],
 )
 def test_what_an_ensemble_cannot_hold_is_trained_one_at_a_time_and_said(data, capsys, name, layer):
-    training._say.cache_clear()
+    say.cache_clear()
     recipe = Recipe.of(dataclasses.replace(data, recipe={"model": name, "networks_at_once": 9}))
     assert recipe == Recipe(model=name, networks_at_once=1)
     why = f"an ensemble cannot hold a layer of type {layer}"
@@ -538,7 +539,7 @@ def test_bad_teachers_are_untrained(original):
 
 
 @pytest.fixture
-def thin(monkeypatch) -> None:
+def thin(monkeypatch) -> Iterator[None]:
     """VGG with few channels and hidden units; worker processes inherit it, as they are forked from here."""
 
     def get_model(name: str, num_classes: int, **how) -> nn.Module:
@@ -550,6 +551,9 @@ def thin(monkeypatch) -> None:
     monkeypatch.setattr(models, "get_model", get_model)
     monkeypatch.setattr(multiprocessing, "get_context", lambda method: fork)
     monkeypatch.setattr(multiprocessing.forkserver, "ensure_running", lambda: None)
+    training._facts.cache_clear()
+    yield
+    training._facts.cache_clear()  # those of thin networks: other tests ask for the real ones
 
 
 @pytest.mark.parametrize("name, rate", [("vgg11_bn", 1e-3), ("vgg11", 1e-6)])
@@ -581,7 +585,7 @@ def test_a_network_that_is_trained_one_at_a_time_from_one_end_to_the_other(folde
     method = tmp_path / "plain.py"
     method.write_text(METHOD)
     results = tmp_path / "results"
-    training._say.cache_clear()
+    say.cache_clear()
     assert run(folder, results, FINETUNE, method, "--model", "squeezenet1_1") == 0
     why = "squeezenet1_1: the networks are trained one at a time: an ensemble cannot hold a layer of type SqueezeNet"
     said = capsys.readouterr()
