@@ -7,6 +7,8 @@
     python evaluate.py --split 'private*'       on every private forget set: means and their errors
     python evaluate.py compare A.py B.py        also example by example: where does B differ from A?
     python evaluate.py report                   the page of what is kept, without running anything
+    python evaluate.py pool export FILE         the retrained networks' answers in one file, for others to
+    python evaluate.py pool import FILE         take: they train none. pool make trains some: --first 128 --count 64
 
 Everything finished is kept under --results: the same command resumes where it was interrupted, and redoes only what a
 change of data, recipe, code or hyperparameters affects.
@@ -24,9 +26,9 @@ if __name__ == "__main__":  # before torch is imported here: the server imports 
 
 import pandas as pd
 
-from evaluator import command, comparison, forget_sets, report
+from evaluator import command, comparison, forget_sets, report, sharing
 from evaluator.checkpoints import Checkpoints
-from evaluator.evaluation import HERE, Evaluation
+from evaluator.evaluation import HERE, MOST_RUNS, Evaluation
 from evaluator.files import Problem, read_json, write_csv
 from evaluator.method import NO_UNLEARNING, Method
 from evaluator.tuning import tuned_values
@@ -42,8 +44,13 @@ def main(arguments: list[str] | None = None) -> int:
     what.add_argument("--preset", help="a key of the methods' PRESETS (default: the data set's name, if there is one)")
     what.add_argument("--tuned", action="store_true", help="use the values that `make tune` found for the data set")
     what.add_argument("--set", nargs="+", default=[], metavar="FIELD=VALUE", help="Config fields of the METHODs")
+    part = parser.add_argument_group("pool make and pool export")
+    part.add_argument("--first", type=int, default=0, metavar="RUN", help="the first run (default: 0)")
+    part.add_argument("--count", type=int, help="how many runs (default: make --runs of them, export all that are kept)")
     args = parser.parse_args(arguments)
-    what_to_do = {"compare": compare, "report": write_pages}.get(args.methods[0] if args.methods else "", evaluate)
+    what_to_do = {"compare": compare, "report": write_pages, "pool": pool}.get(
+        args.methods[0] if args.methods else "", evaluate
+    )
     if what_to_do is not evaluate:
         del args.methods[0]
     return command.run(lambda: what_to_do(args))
@@ -107,6 +114,33 @@ def write_pages(args) -> None:
         evaluation = command.evaluation(args, split=split)
         with evaluation.alone():
             print(report.write_page(evaluation))
+
+
+def pool(args) -> None:
+    """Make, export or import retrained networks."""
+    what, *files = args.methods or [""]
+    if what not in ("make", "export", "import") or len(files) != (what != "make"):
+        raise Problem("pool: write pool make, pool export FILE or pool import FILE")
+    if what == "import":
+        found, original = sharing.import_(Path(files[0]), lambda split: command.evaluation(args, split=split))
+        for one in found:
+            kept = f"{len(one.there)} were there already and stay" if one.there else "none was there"
+            print(f"{one.evaluation.data.title}, {one.evaluation.data.split}: new runs: {sharing.spans(one.new)}; {kept}")
+        print(f"the original: {original}")
+        return
+    count = args.count if args.count is not None else args.runs if what == "make" else MOST_RUNS - args.first
+    if args.first < 0 or count < 1 or args.first + count > MOST_RUNS:
+        raise Problem(f"--first {args.first} --count {count}: runs are numbered from 0 to {MOST_RUNS - 1}")
+    evaluations = [command.evaluation(args, split=split) for split in command.splits_asked(args)]
+    if what == "make":
+        for evaluation in evaluations:
+            kept = sharing.make(evaluation, args.first, count).kept()
+            print(f"{evaluation.data.title}, {evaluation.data.split}: runs {sharing.spans(kept)} are kept")
+        return
+    written = sharing.export(Path(files[0]), evaluations, range(args.first, args.first + count), args.keep_networks)
+    for split, runs in written.items():
+        print(f"{evaluations[0].data.title}, {split}: runs {sharing.spans(runs)}")
+    print(f"wrote {files[0]}, {Path(files[0]).stat().st_size / 1e6:.1f} MB")
 
 
 def scored(evaluation: Evaluation, method: Method | Checkpoints, attacks: bool) -> dict:

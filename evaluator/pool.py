@@ -6,6 +6,7 @@ import math
 import zipfile
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -48,6 +49,10 @@ class Pool:
         files = (self.path, self.network_path) if networks else (self.path,)
         return [run for run in runs if not all(file(run).exists() for file in files)]
 
+    def kept(self) -> list[int]:
+        """The runs that are there."""
+        return sorted(int(path.stem.removeprefix("run_")) for path in self.folder.glob("run_*.npz"))
+
     def save(self, run: int, values: dict[str, np.ndarray]) -> None:
         write_atomically(self.path(run), lambda file: np.savez(file, **values))
 
@@ -56,11 +61,10 @@ class Pool:
         kept, first = [], None
         for run in runs:
             try:
-                with np.load(self.path(run), allow_pickle=False) as file:
-                    values = {name: file[name] for name in file.files}
-                shapes = {name: (value.shape, value.dtype) for name, value in values.items()}
-            except (OSError, ValueError, EOFError, KeyError, AttributeError, TypeError, zipfile.BadZipFile) as error:
+                values = read_run(self.path(run))
+            except ValueError as error:
                 raise self._damaged(run) from error
+            shapes = {name: (value.shape, value.dtype) for name, value in values.items()}
             first = first or shapes
             if "forget_logits" not in shapes or shapes != first:
                 raise self._damaged(run)
@@ -78,6 +82,15 @@ class Pool:
             kept = float(measure())
             write_json(path, {"value": kept})
         return kept
+
+
+def read_run(file: Path | BinaryIO) -> dict[str, np.ndarray]:
+    """The values in a run's file. Raises ValueError when it is not one."""
+    try:
+        with np.load(file, allow_pickle=False) as content:
+            return {name: content[name] for name in content.files}
+    except (OSError, EOFError, KeyError, AttributeError, TypeError, zipfile.BadZipFile) as error:
+        raise ValueError(str(error)) from error
 
 
 @torch.inference_mode()

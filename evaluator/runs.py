@@ -38,11 +38,14 @@ class Setting:
         return self.results / data.name / data.split / name
 
 
-def retrained_pool(setting: Setting, data: Data, recipe: Recipe, runs: int, kind: str = "retrained") -> Pool:
-    """A pool of networks that never saw the forget set; kind "retrained_again" is a second, independent one."""
+def retrained_pool(setting: Setting, data: Data, recipe: Recipe, runs: int, kind: str = "retrained", first: int = 0) -> Pool:
+    """A pool of networks that never saw the forget set; kind "retrained_again" is a second, independent one.
+
+    runs, first: how many are made where they are missing, from which number on.
+    """
     pool = Pool(setting.results_of(data, kind), _made_from(kind, data, recipe))
     work = _Retraining(setting, pool, data, recipe, kind)
-    _work_through(work, runs, recipe.networks_at_once, kind.replace("_", " "))
+    _work_through(work, range(first, first + runs), recipe.networks_at_once, kind.replace("_", " "))
     return pool
 
 
@@ -58,7 +61,7 @@ def unlearned_pool(
             with one_thread():
                 _keep(setting, pool, pool.missing(range(runs)), original.to(setting.device), 0.0, work.here)
         return pool
-    _work_through(work, runs, recipe.networks_at_once if method.ensemble else 1, str(method.path))
+    _work_through(work, range(runs), recipe.networks_at_once if method.ensemble else 1, str(method.path))
     return pool
 
 
@@ -143,13 +146,13 @@ class _Alone:
         return float(np.median(seconds))
 
 
-def _work_through(work: _Work, runs: int, size: int, what: str) -> None:
+def _work_through(work: _Work, runs: range, size: int, what: str) -> None:
     """Make the runs that are missing, in groups of `size` that are made together. A group is always made whole: which runs
     share an ensemble depends on their numbers alone, so that 100 runs are the first 100 of 512.
 
     Raises the first Problem of any group; what is finished is on disk.
     """
-    groups = {run // size for run in work.pool.missing(range(runs), work.setting.keep_networks)}
+    groups = {run // size for run in work.pool.missing(runs, work.setting.keep_networks)}
     tasks = [list(range(group * size, (group + 1) * size)) for group in sorted(groups)]
     if not tasks:
         return

@@ -180,7 +180,7 @@ def original_network(data: Data, recipe: Recipe) -> nn.Module:
         train_original(data, recipe)
     elif not original_is_given(data, recipe):
         # Before there was a choice, every network was a ResNet-18, and its note did not say so.
-        kept, now = {"model": Recipe.model} | read_json(_note(path)), _original_made_from(data, recipe)
+        kept, now = {"model": Recipe.model} | read_json(original_note(path)), _original_made_from(data, recipe)
         changed = [name for name, value in now.items() if kept.get(name) != value]
         if changed:
             name = changed[0]
@@ -216,17 +216,17 @@ def train_original(data: Data, recipe: Recipe) -> None:
     torch.save(plain_state(net), content)
     # The note is written first, with a hash of this content: a file without its own note is never taken for ours.
     digest = hashlib.sha256(content.getvalue()).hexdigest()
-    write_json(_note(path), {"sha256": digest} | _original_made_from(data, recipe))
+    write_json(original_note(path), {"sha256": digest} | _original_made_from(data, recipe))
     write_atomically(path, lambda file: file.write(content.getvalue()))
 
 
 def original_is_given(data: Data, recipe: Recipe) -> bool:
     """Whether the original network came from elsewhere, so that nobody knows how it was trained."""
     path = original_path(data, recipe)
-    return read_json(_note(path)).get("sha256") != hashlib.sha256(path.read_bytes()).hexdigest()
+    return read_json(original_note(path)).get("sha256") != hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def _note(path: Path) -> Path:
+def original_note(path: Path) -> Path:
     return path.with_suffix(".json")
 
 
