@@ -102,13 +102,15 @@ class Examples(Dataset):
         }
 
     def batch(self, indices: Tensor) -> dict:
-        """The same as collating the samples of `indices`, by one indexing operation."""
+        """The same as collating the samples of `indices`, by one indexing operation. With indices on the CPU, naming the
+        images does not wait for a GPU."""
+        here = indices.to(self.images.device)
         return {
-            "image": self.images[indices].float(),
+            "image": self.images[here].float(),
             "image_id": [self.image_ids[index] for index in indices.tolist()],
-            "age_group": self.age_group[indices],
-            "age": self.age[indices],
-            "person_id": self.person_id[indices],
+            "age_group": self.age_group[here],
+            "age": self.age[here],
+            "person_id": self.person_id[here],
         }
 
     def equals(self, other: "Examples") -> bool:
@@ -153,7 +155,7 @@ class Loader(DataLoader):
         self.shuffles = shuffle
 
     def __iter__(self) -> Iterator[dict]:
-        count, device = len(self.dataset), self.dataset.images.device
+        count = len(self.dataset)
         orders = torch.stack(
             [
                 torch.randperm(count, generator=generator, device=generator.device if generator else "cpu")
@@ -161,7 +163,7 @@ class Loader(DataLoader):
                 else torch.arange(count)
                 for generator in self.generators
             ]
-        ).to(device)
+        ).cpu()
         for indices in orders.split(self.batch_size, dim=1):
             yield self.dataset.batch(indices.flatten())
 

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -45,7 +46,7 @@ def retrained_pool(setting: Setting, data: Data, recipe: Recipe, runs: int, kind
     """
     pool = Pool(setting.results_of(data, kind), _made_from(kind, data, recipe))
     work = _Retraining(setting, pool, data, recipe, kind)
-    _work_through(work, range(first, first + runs), recipe.networks_at_once, kind.replace("_", " "))
+    _work_through([work], range(first, first + runs), recipe.networks_at_once, kind.replace("_", " "))
     return pool
 
 
@@ -53,16 +54,23 @@ def unlearned_pool(
     setting: Setting, data: Data, recipe: Recipe, original: nn.Module, method: Method | Checkpoints, runs: int
 ) -> Pool:
     """A pool of runs of a method. If the method allows ensembles, which runs share one is fixed by their numbers."""
-    made_from = _made_from("unlearned", data, recipe) | {"original": network_digest(original), **method.made_from}
-    pool = Pool(setting.results_of(data, method.name), made_from)
-    work = _Unlearning(setting, pool, data, recipe, original, method)
-    if method is NO_UNLEARNING:  # every run is the original: evaluate it once
-        if pool.missing(range(runs)):
+    return unlearned_pools(setting, [data], recipe, original, method, runs)[0]
+
+
+def unlearned_pools(
+    setting: Setting, sets: Sequence[Data], recipe: Recipe, original: nn.Module, method: Method | Checkpoints, runs: int
+) -> list[Pool]:
+    """The pools of a method on several forget sets of one data folder, made side by side."""
+    works = []
+    for data in sets:
+        made_from = _made_from("unlearned", data, recipe) | {"original": network_digest(original), **method.made_from}
+        pool = Pool(setting.results_of(data, method.name), made_from)
+        works.append(_Unlearning(setting, pool, data, recipe, original, method))
+        if method is NO_UNLEARNING and pool.missing(range(runs)):  # every run is the original: evaluate it once
             with one_thread():
-                _keep(setting, pool, pool.missing(range(runs)), original.to(setting.device), 0.0, work.here)
-        return pool
-    _work_through(work, range(runs), recipe.networks_at_once if method.ensemble else 1, str(method.path))
-    return pool
+                _keep(setting, pool, pool.missing(range(runs)), original.to(setting.device), 0.0, works[-1].here)
+    _work_through(works, range(runs), recipe.networks_at_once if method.ensemble else 1, str(method.path))
+    return [work.pool for work in works]
 
 
 def cost(
@@ -146,17 +154,35 @@ class _Alone:
         return float(np.median(seconds))
 
 
-def _work_through(work: _Work, runs: range, size: int, what: str) -> None:
+@dataclass(frozen=True)
+class _Together:
+    """Several works, of one forget set each; a task is (which of them, the runs)."""
+
+    works: list[_Work]
+
+    def __call__(self, task: tuple[int, list[int]]) -> int:
+        which, runs = task
+        try:
+            return self.works[which](runs)
+        except Problem as problem:
+            if len(self.works) == 1:
+                raise
+            raise type(problem)(f"split {self.works[which].data.split}: {problem}") from problem
+
+
+def _work_through(works: list[_Work], runs: range, size: int, what: str) -> None:
     """Make the runs that are missing, in groups of `size` that are made together. A group is always made whole: which runs
     share an ensemble depends on their numbers alone, so that 100 runs are the first 100 of 512.
 
     Raises the first Problem of any group; what is finished is on disk.
     """
-    groups = {run // size for run in work.pool.missing(runs, work.setting.keep_networks)}
-    tasks = [list(range(group * size, (group + 1) * size)) for group in sorted(groups)]
+    tasks = []
+    for which, work in enumerate(works):
+        groups = {run // size for run in work.pool.missing(runs, work.setting.keep_networks)}
+        tasks += [(which, list(range(group * size, (group + 1) * size))) for group in sorted(groups)]
     if not tasks:
         return
-    outcomes = in_processes(work, tasks, work.setting.jobs, lambda task: f"{what}: {run_names(task)}")
+    outcomes = in_processes(_Together(works), tasks, works[0].setting.jobs, lambda task: f"{what}: {run_names(task[1])}")
     with progress(Path(what).stem, size * len(tasks), "run") as bar, contextlib.closing(outcomes):
         for made in outcomes:
             bar.update(made)

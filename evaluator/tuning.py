@@ -19,15 +19,13 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from torch import nn
-
 from evaluator import command
 from evaluator.evaluation import HERE, Evaluation
 from evaluator.files import Problem, read_json, write_json
 from evaluator.method import Diverged, Method
 from evaluator.models import network_digest
 from evaluator.progress import progress
-from evaluator.runs import unlearned_pool
+from evaluator.runs import unlearned_pools
 from evaluator.scoring import COST_LIMIT, VERSION, score
 
 TRIALS, RUNS = 20, 16  # the budget of a method: settings scored, runs of each on every forget set,
@@ -213,22 +211,17 @@ def scores(evaluations: Sequence[Evaluation], method: Method) -> dict[str, float
 
     Raises Diverged when a network diverges on any of them, and Problem naming the split.
     """
-    original = evaluations[0].original()  # the same under every split
-    return {evaluation.data.split: _score(evaluation, original, method) for evaluation in evaluations}
-
-
-def _score(evaluation: Evaluation, original: nn.Module, method: Method) -> float:
-    data, runs = evaluation.data, range(evaluation.runs)
-    retrained = evaluation.retrained().load(runs)
-    with tempfile.TemporaryDirectory() as folder:
-        setting = dataclasses.replace(evaluation.setting, results=Path(folder))
-        try:
-            unlearned = unlearned_pool(setting, data, evaluation.recipe, original, method, len(runs))
-            return score(unlearned.load(runs), retrained, data)[0]["score"]
-        except Diverged:
-            raise
-        except Problem as problem:
-            raise Problem(f"split {data.split}: {problem}") from problem
+    one, found = evaluations[0], {}
+    for start in range(0, len(evaluations), one.setting.jobs):  # a process holds the images of all of them
+        some = evaluations[start : start + one.setting.jobs]
+        retrained = [evaluation.retrained().load(range(one.runs)) for evaluation in some]
+        with tempfile.TemporaryDirectory() as folder:
+            setting, sets = dataclasses.replace(one.setting, results=Path(folder)), [evaluation.data for evaluation in some]
+            pools = unlearned_pools(setting, sets, one.recipe, one.original(), method, one.runs)
+            unlearned = [pool.load(range(one.runs)) for pool in pools]
+        for *both, data in zip(unlearned, retrained, sets, strict=True):
+            found[data.split] = score(*both, data)[0]["score"]
+    return found
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -161,8 +161,10 @@ class Faces(Dataset):
         return {"image": self.images[index].float(), "image_id": self.image_ids[index], **labels}
 
     def batch(self, rows: Tensor) -> dict:
-        labels = {name: values[rows] for name, values in self.labels.items()}
-        return {"image": self.images[rows].float(), "image_id": [self.image_ids[row] for row in rows.tolist()], **labels}
+        """rows: on the CPU, so that naming the images does not wait for the GPU."""
+        here = rows.to(self.images.device)
+        labels = {name: values[here] for name, values in self.labels.items()}
+        return {"image": self.images[here].float(), "image_id": [self.image_ids[row] for row in rows.tolist()], **labels}
 
 
 class ShuffledLoader(DataLoader):
@@ -172,7 +174,7 @@ class ShuffledLoader(DataLoader):
         super().__init__(dataset, batch_size=64, shuffle=True)
 
     def __iter__(self):
-        rows = torch.randperm(len(self.dataset)).to(self.dataset.images.device)
+        rows = torch.randperm(len(self.dataset))
         return (self.dataset.batch(part) for part in rows.split(self.batch_size))
 
 

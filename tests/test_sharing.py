@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from evaluate_helpers import kept, refused, run, times
+from evaluate_helpers import FINETUNE, kept, refused, run, times
 
 from evaluator.evaluation import Evaluation
 from evaluator.files import Problem
@@ -65,7 +65,7 @@ def test_an_imported_pool_is_scored_as_at_home_and_nothing_is_trained(data, pool
     before = times(tmp_path / "there")
     assert len(before) == 32
     for place in (tmp_path / "there", results):
-        assert run(data, place, "--split", "private", runs=16) == 0
+        assert run(data, place, FINETUNE, "--split", "private") == 0
     here, there = (
         {name: value for name, value in kept(place).items() if name.startswith(f"{data.name}/private/")}
         for place in (results, tmp_path / "there")
@@ -276,7 +276,7 @@ def test_a_file_cut_off_anywhere_is_refused(share, data, made, tmp_path, capsys)
 
 def test_bytes_changed_anywhere_are_noticed(data, made, tmp_path):
     content = made.read_bytes()
-    for place in np.random.default_rng(0).integers(0, len(content), 40).tolist():
+    for place in np.random.default_rng(0).integers(0, len(content), 15).tolist():
         file, results = tmp_path / "bits.zip", tmp_path / f"{place}"
         file.write_bytes(content[:place] + bytes([content[place] ^ 255]) + content[place + 1 :])
         try:

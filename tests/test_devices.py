@@ -1,0 +1,214 @@
+"""What runs on a GPU, without one: no tensors of two devices meet, the values are the CPU's, and no step waits for the GPU.
+
+See pretend_gpu.py for what a pretended GPU finds and what it cannot.
+"""
+
+import contextlib
+import copy
+import dataclasses
+import linecache
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from method_helpers import BATCH, FORGET, RETAIN, VALIDATION, before_each_step
+from pretend_gpu import PretendGPU
+from torch import nn
+from torch.nn import functional as F
+
+from evaluator import why
+from evaluator.attacks import ATTACKS
+from evaluator.data import Data, Loader, load
+from evaluator.ensemble import Ensemble
+from evaluator.evaluation import HERE
+from evaluator.method import Diverged, Method
+from evaluator.metric import best_attacks, epsilons, forgetting_quality, logit_scaled_confidence
+from evaluator.pool import Pool, answers
+from evaluator.runs import Setting, _Alone, _Retraining, _Unlearning
+from evaluator.training import Recipe, generators, retrain
+
+linecache.getlines(__file__)  # torch.manual_seed() reads its callers' source once: a method that reads a file is refused
+METHODS = [HERE / "unlearning.py", *sorted((HERE / "methods").glob("*.py"))]
+
+
+# What a real GPU would refuse, or wait for.
+
+
+@pytest.mark.parametrize(
+    "mistake",
+    {
+        "a sum": lambda x: x + torch.ones(3),
+        "a loss": lambda x: F.cross_entropy(x, torch.zeros(2, dtype=torch.long)),
+        "a network": lambda x: nn.Linear(3, 2)(x),
+        "a part of a list": lambda x: torch.cat([x, torch.zeros(2, 3)]),
+        "in place": lambda x: torch.ones(2, 3).add_(x),
+        "an index": lambda x: torch.ones(2)[torch.zeros(1, dtype=torch.long, device="cuda")],
+        "a value put at an index": lambda x: x.index_put_((torch.tensor([0]),), torch.ones(1, 3)),
+        "a number on the GPU": lambda x: torch.ones(3) * x.sum(),
+        "numpy": lambda x: x.numpy(),
+        "an array": np.asarray,
+        "a generator of the CPU": lambda x: torch.randn(3, device="cuda", generator=torch.Generator()),
+        "a generator of the GPU": lambda x: torch.randn(3, generator=torch.Generator("cuda")),
+        "in place, another generator": lambda x: x.normal_(generator=torch.Generator()),
+        "a copy": lambda x: copy.deepcopy(x) + torch.ones(3),
+        "what a backward pass needs": lambda x: (x * nn.Parameter(torch.ones(3, device="cuda"))).backward(torch.ones(2, 3)),
+    }.items(),
+    ids=lambda pair: pair[0],
+)
+def test_a_mistake_is_found(mistake):
+    with PretendGPU(), pytest.raises((RuntimeError, TypeError), match=r"same device|generator|numpy"):
+        mistake[1](torch.ones(2, 3, device="cuda"))
+
+
+@pytest.mark.parametrize(
+    "fine",
+    {
+        "a number": lambda x: x * 2,
+        "a number of the CPU": lambda x: x * torch.tensor(2.0),
+        "an index of the CPU": lambda x: x[torch.tensor([0])],
+        "to": lambda x: x.cpu().to("cuda", torch.float64) + torch.ones(3, device="cuda"),
+        "as another": lambda x: torch.ones(3).to(x) + x,
+        "new": lambda x: x + x.new_ones(3) + torch.zeros_like(x),
+        "a copy": lambda x: copy.deepcopy(x) + x,
+        "a tensor of numbers": lambda x: x + torch.tensor([1, 2, 3], device=x.device),
+        "a generator": lambda x: x + torch.randn(3, device=x.device, generator=torch.Generator(x.device)),
+        "repeated": lambda x: x.repeat(2, 1) + x[0].expand(4, 3),
+        "a network": lambda x: nn.Linear(3, 2).to(x.device)(x),
+    }.items(),
+    ids=lambda pair: pair[0],
+)
+def test_what_a_gpu_allows(fine):
+    with PretendGPU() as gpu:
+        assert fine[1](torch.ones(2, 3, device="cuda")).device.type == "cuda"
+        assert set(gpu.waits) <= {"to the CPU"}
+
+
+def test_waits_are_counted():
+    with PretendGPU() as gpu:
+        x = torch.ones(2, 3, device="cuda")
+        x.sum().item(), x.tolist(), x.cpu(), bool(x.any()), torch.zeros(2, 3).copy_(x), torch.ones(1).item()
+    assert gpu.waits == {"item": 1, "tolist": 1, "to the CPU": 1, "__bool__": 1, "copy_ to the CPU": 1}
+    assert torch.ones(1, device="cpu").device.type == "cpu"
+
+
+# What the kit runs there.
+
+
+def waits_of_training(data, recipe: Recipe) -> dict[str, int]:
+    with PretendGPU() as gpu:
+        there = data.to("cuda")
+        gpu.waits.clear()
+        retrain(there, recipe, [0, 1])
+    return dict(gpu.waits)
+
+
+@pytest.fixture(scope="module")
+def small(data):
+    """Its images, and a recipe of two epochs."""
+    examples = load(data)
+    return examples, dataclasses.replace(Recipe.of(examples), epochs=2)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+def test_retrained_networks_are_those_of_the_cpu(optimizer, small):
+    data, recipe = small[0], dataclasses.replace(small[1], optimizer=optimizer, class_weighted=optimizer == "adam")
+    expected = answers(retrain(data, recipe, [0, 1]), data)
+    with PretendGPU():
+        there = data.to("cuda")
+        ensemble = retrain(there, recipe, [0, 1])
+        assert {tensor.device.type for tensor in ensemble.state_dict().values()} == {"cuda"}
+        found = answers(ensemble, there)
+    for name, value in expected.items():
+        np.testing.assert_array_equal(found[name], value, err_msg=name)
+
+
+def test_no_step_of_a_retraining_waits(small):
+    data, recipe = small
+    few, many = (waits_of_training(data, dataclasses.replace(recipe, batch_size=size)) for size in (200, 20))
+    assert few == many == {"to the CPU": recipe.epochs}  # the order of the images, once per epoch
+
+
+@pytest.mark.parametrize("model", ["resnet18", "vgg11_bn", "mobilenet_v3_small", "squeezenet1_1"])
+def test_every_kind_of_network(model):
+    recipe = Recipe(model=model, width=4)
+    with PretendGPU():
+        net = recipe.network(10).to("cuda")
+        sources = generators([0, 1], "cuda")
+        net = Ensemble(net, 2, sources) if model != "squeezenet1_1" else net  # which trains one at a time
+        images = torch.zeros(8, 3, 32, 32, device="cuda")
+        F.cross_entropy(net(images), torch.zeros(8, dtype=torch.long, device="cuda")).backward()
+        assert {parameter.grad.device.type for parameter in net.parameters()} == {"cuda"}
+
+
+@pytest.mark.parametrize("path", METHODS, ids=lambda path: path.stem)
+def test_methods_stay_on_their_device_and_no_step_waits(path, original, monkeypatch):
+    method, recipe = Method.read(path), Recipe(width=4, small_images=True, batch_size=BATCH)
+    sets = {"retain": RETAIN, "forget": FORGET, "validation": VALIDATION, "test": VALIDATION}
+    data = Data(HERE, "noise", "public", 10, {}, torch.ones(10), **sets)
+    steps, epochs, begin = [], [], Loader.__iter__
+    monkeypatch.setattr(Loader, "__iter__", lambda loader: epochs.append(loader) or begin(loader))
+    with PretendGPU() as gpu, before_each_step(steps.append):
+        data, there = data.to("cuda"), copy.deepcopy(original).to("cuda")
+        gpu.waits.clear()
+        with contextlib.suppress(Diverged):  # some do on so few images
+            net, _ = method.networks(there, [0, 1] if method.ensemble else [0], data, recipe)
+            assert {tensor.device.type for tensor in net.state_dict().values()} == {"cuda"}
+        waits = gpu.waits - Counter(synchronize=2, __bool__=500)  # of the clock; of the checks at the end, one per tensor
+    assert waits.pop("to the CPU", 0) <= len(epochs) + 2  # each epoch for its order
+    assert waits.pop("__int__", 0) <= (len(FORGET) + len(RETAIN)) * 2  # toshi_k reads each label once
+    assert waits.total() <= len(steps) / 2, waits
+
+
+def test_runs_are_written_as_on_the_cpu(small, original, tmp_path):
+    """The whole work of a process: retraining, unlearning, answers, files, and the timing of a run alone."""
+    data, recipe = small
+    method = Method.read(HERE / "methods" / "finetune.py")
+    kept = {}
+    for device in ("cpu", "cuda"):
+        setting, net = Setting(tmp_path / device, 1, device, keep_networks=True), copy.deepcopy(original)
+        pools = [Pool(tmp_path / device / kind, {}) for kind in ("retrained", "unlearned")]
+        with PretendGPU():
+            assert _Retraining(setting, pools[0], data, recipe, "retrained")([0, 1]) == 2
+            assert _Unlearning(setting, pools[1], data, recipe, net, method)([0, 1]) == 2
+            assert _Alone(setting, data, recipe, net, method)(1) > 0
+        kept[device] = [pool.load([0, 1]) for pool in pools]
+        assert torch.load(pools[1].network_path(1), weights_only=True)["conv1.weight"].device.type == "cpu"
+    for one, other in zip(*kept.values(), strict=True):
+        for name in one.keys() - {"seconds"}:
+            assert torch.equal(one[name], other[name]), name
+
+
+# What can be computed there from confidences.
+
+
+@pytest.fixture(scope="module")
+def sides() -> tuple[torch.Tensor, torch.Tensor]:
+    source = torch.Generator().manual_seed(0)
+    return tuple(torch.randn(32, 5, dtype=torch.float64, generator=source) + shift for shift in (0.3, 0))
+
+
+COMPUTED = {
+    "confidences": lambda ours, theirs: logit_scaled_confidence(
+        ours[..., None] * theirs.new_ones(3), theirs[0].long().abs() % 3
+    ),
+    "epsilons": epsilons,
+    "attacks": lambda ours, theirs: best_attacks(ours, theirs).left,
+    "why": lambda ours, theirs: why.shifts_and_spreads(ours, theirs).ratio,
+    **ATTACKS,
+}
+
+
+@pytest.mark.parametrize("what", COMPUTED)
+def test_the_metric_and_the_attacks_give_the_values_of_the_cpu(what, sides):
+    expected = COMPUTED[what](*sides)
+    with PretendGPU():
+        found = COMPUTED[what](*(side.to("cuda") for side in sides))
+        assert found.device.type in ("cuda", "cpu")
+        assert torch.equal(found.cpu(), expected)
+
+
+def test_forgetting_quality(sides):
+    with PretendGPU():
+        there = epsilons(*(side.to("cuda") for side in sides))
+        assert forgetting_quality(there, 32) == forgetting_quality(epsilons(*sides), 32)
