@@ -7,6 +7,8 @@ first two groups. Nobody's photograph was used. What a person looks like is draw
 hairline and wrinkles tell of the age, and not reliably.
 """
 
+import argparse
+
 import pandas as pd
 import torch
 from layout import DataSet, forget_subjects, hold_out
@@ -22,12 +24,18 @@ LOOKS = {  # standard normal numbers that make a person
     "cheeks": 1, "beard": 1, "mole": 2, "background": 6,
 }  # fmt: skip
 # The competition's recipe, on a network and for a number of steps that two CPU cores can afford, with a rate to match.
-RECIPE = {"width": 8, "epochs": 30, "batch_size": 32, "learning_rate": 2e-3}
+WIDTH = 16
+RECIPE = {"epochs": 30, "batch_size": 32, "learning_rate": 2e-3}
 NOTE = "synthetic faces drawn by code, not photographs"
 
 
-def faces(people: int = PEOPLE, sets: int = 6, seed: int = 7, recipe: dict = RECIPE) -> DataSet:
-    """people: how many. sets: of public and of private forget sets."""
+def options(parser: argparse.ArgumentParser) -> None:
+    how = "channels of the network's first stage (default: %(default)s); 8 takes a third of the time, see docs/faces.md"
+    parser.add_argument("--width", type=int, choices=[4, 8, 16, 32, 64], default=WIDTH, help=how)
+
+
+def faces(people: int = PEOPLE, sets: int = 6, seed: int = 7, width: int = WIDTH) -> DataSet:
+    """people: how many. sets: of public and of private forget sets. width: of the recipe's network."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(rows: int, numbers: int, deviation: float = 1.0) -> Tensor:
@@ -67,9 +75,8 @@ def faces(people: int = PEOPLE, sets: int = 6, seed: int = 7, recipe: dict = REC
     )
     train, validation, test = hold_out(count)
     forget = forget_subjects(table, train, sets, share=0.02, classes=2)
-    return DataSet(
-        table, torch.cat(pictures).permute(0, 2, 3, 1).numpy(), len(SHARES), train, validation, test, forget, recipe, NOTE
-    )
+    images, recipe = torch.cat(pictures).permute(0, 2, 3, 1).numpy(), RECIPE | {"width": width}
+    return DataSet(table, images, len(SHARES), train, validation, test, forget, recipe, NOTE)
 
 
 def draw(numbers: dict[str, Tensor]) -> Tensor:

@@ -9,11 +9,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import casia_surf
 import cifar10
+import faces
 import fashion
 import own
 import people
 from digits import digits
-from faces import faces
 from filelock import FileLock
 from layout import DataSet, write
 
@@ -35,7 +35,7 @@ SOURCES = {
     "digits": Source(digits, "scikit-learn's 1,797 handwritten digits, 8 x 8; nothing is downloaded"),
     "fashion": Source(fashion.fashion, "Fashion-MNIST, unbalanced: 15,557 photographs of clothes, 28 x 28", fashion.options),
     "fashion-small": Source(fashion.fashion_small, "3,000 of them, 14 x 14, for two CPU cores", fashion.options),
-    "faces": Source(faces, "synthetic faces drawn by code, 32 x 32: a stand-in for the competition's; no download"),
+    "faces": Source(faces.faces, "synthetic faces, drawn by code, 32 x 32: a stand-in for the competition's", faces.options),
     "cifar10": Source(cifar10.cifar10, "CIFAR-10: 60,000 photographs, 32 x 32, 10% forgotten", cifar10.options),
     "folder": Source(own.folder, "your own images: a CSV file, or one folder per class", own.folder_options),
     "utkface": Source(people.utkface, "UTKFace, that you have or from Kaggle: age groups", people.utkface_options),

@@ -48,8 +48,10 @@ def export(file: Path, evaluations: Sequence[Evaluation], runs: range, networks:
     """Write the kept retrained runs whose numbers are in `runs`, and the original, to a file. Returns the numbers by split.
 
     evaluations: of one data set, one for each split. networks: also the weights.
-    Raises Problem when there is no such run, a run is damaged, or weights were not kept.
+    Raises Problem when there is no such run, a run is damaged, weights were not kept, or the file is there and is no zip.
     """
+    if file.exists() and not zipfile.is_zipfile(file):
+        raise Problem(f"{file}: is there already and is not a file of pools; name another")
     first = evaluations[0]
     first.original()  # trained if there is none
     original = original_path(first.data, first.recipe)
@@ -140,8 +142,8 @@ def _import(parcel: "_Parcel", evaluation_of: Callable[[str], Evaluation]) -> tu
 
 def spans(numbers: list[int]) -> str:
     """[0, 1, 2, 5] -> "0 to 2, 5"."""
-    starts = [number for number in numbers if number - 1 not in numbers]
-    ends = [number for number in numbers if number + 1 not in numbers]
+    known = set(numbers)
+    starts, ends = ([number for number in numbers if number + step not in known] for step in (-1, 1))
     parts = [f"{start} to {end}" if end > start else str(start) for start, end in zip(starts, ends, strict=True)]
     return ", ".join(parts) or "none"
 

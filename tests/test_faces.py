@@ -63,6 +63,12 @@ def test_frames_of_a_person_are_near_duplicates_and_never_equal(made):
     assert np.mean(same) < 0.8 * np.mean(other)
 
 
+def test_a_narrower_network():
+    one, other = (faces.faces(people=10, sets=0, width=width) for width in (16, 8))
+    assert (one.recipe["width"], other.recipe["width"]) == (16, 8)
+    assert np.array_equal(one.pictures, other.pictures)
+
+
 def test_the_folder_says_that_they_are_synthetic(made, tmp_path):
     prepare.prepare(tmp_path / "faces", prepare.Source(lambda: made, ""))
     data = load(tmp_path / "faces", "private-2")

@@ -288,6 +288,13 @@ def test_bytes_changed_anywhere_are_noticed(data, made, tmp_path):
             assert len(mine) == 16
 
 
+def test_no_other_file_is_overwritten(data, pools, tmp_path, capsys):
+    mine = tmp_path / "my_method.py"
+    mine.write_text("import torch")
+    assert "my_method.py: is there already" in refused(capsys, run(data, pools, "pool", "export", mine))
+    assert mine.read_text() == "import torch"
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
