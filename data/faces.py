@@ -30,7 +30,7 @@ NOTE = "synthetic faces drawn by code, not photographs"
 
 
 def options(parser: argparse.ArgumentParser) -> None:
-    how = "channels of the network's first stage (default: %(default)s); 8 takes a third of the time, see docs/faces.md"
+    how = "channels of the network's first stage (default: %(default)s); 8 takes less than half the time, see docs/faces.md"
     parser.add_argument("--width", type=int, choices=[4, 8, 16, 32, 64], default=WIDTH, help=how)
 
 
