@@ -58,9 +58,15 @@ def unlearned_pool(
 
 
 def unlearned_pools(
-    setting: Setting, sets: Sequence[Data], recipe: Recipe, original: nn.Module, method: Method | Checkpoints, runs: int
+    setting: Setting,
+    sets: Sequence[Data],
+    recipe: Recipe,
+    original: nn.Module,
+    method: Method | Checkpoints,
+    runs: int,
+    named: bool = False,
 ) -> list[Pool]:
-    """The pools of a method on several forget sets of one data folder, made side by side."""
+    """The pools of a method on several forget sets of one data folder, made side by side. named: errors name the split."""
     works = []
     for data in sets:
         made_from = _made_from("unlearned", data, recipe) | {"original": network_digest(original), **method.made_from}
@@ -69,7 +75,7 @@ def unlearned_pools(
         if method is NO_UNLEARNING and pool.missing(range(runs)):  # every run is the original: evaluate it once
             with one_thread():
                 _keep(setting, pool, pool.missing(range(runs)), original.to(setting.device), 0.0, works[-1].here)
-    _work_through(works, range(runs), recipe.networks_at_once if method.ensemble else 1, str(method.path))
+    _work_through(works, range(runs), recipe.networks_at_once if method.ensemble else 1, str(method.path), named)
     return [work.pool for work in works]
 
 
@@ -159,18 +165,19 @@ class _Together:
     """Several works, of one forget set each; a task is (which of them, the runs)."""
 
     works: list[_Work]
+    named: bool
 
     def __call__(self, task: tuple[int, list[int]]) -> int:
         which, runs = task
         try:
             return self.works[which](runs)
         except Problem as problem:
-            if len(self.works) == 1:
+            if not self.named:
                 raise
             raise type(problem)(f"split {self.works[which].data.split}: {problem}") from problem
 
 
-def _work_through(works: list[_Work], runs: range, size: int, what: str) -> None:
+def _work_through(works: list[_Work], runs: range, size: int, what: str, named: bool = False) -> None:
     """Make the runs that are missing, in groups of `size` that are made together. A group is always made whole: which runs
     share an ensemble depends on their numbers alone, so that 100 runs are the first 100 of 512.
 
@@ -182,7 +189,8 @@ def _work_through(works: list[_Work], runs: range, size: int, what: str) -> None
         tasks += [(which, list(range(group * size, (group + 1) * size))) for group in sorted(groups)]
     if not tasks:
         return
-    outcomes = in_processes(_Together(works), tasks, works[0].setting.jobs, lambda task: f"{what}: {run_names(task[1])}")
+    job = _Together(works, named)
+    outcomes = in_processes(job, tasks, works[0].setting.jobs, lambda task: f"{what}: {run_names(task[1])}")
     with progress(Path(what).stem, size * len(tasks), "run") as bar, contextlib.closing(outcomes):
         for made in outcomes:
             bar.update(made)

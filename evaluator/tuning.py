@@ -217,7 +217,7 @@ def scores(evaluations: Sequence[Evaluation], method: Method) -> dict[str, float
         retrained = [evaluation.retrained().load(range(one.runs)) for evaluation in some]
         with tempfile.TemporaryDirectory() as folder:
             setting, sets = dataclasses.replace(one.setting, results=Path(folder)), [evaluation.data for evaluation in some]
-            pools = unlearned_pools(setting, sets, one.recipe, one.original(), method, one.runs)
+            pools = unlearned_pools(setting, sets, one.recipe, one.original(), method, one.runs, named=True)
             unlearned = [pool.load(range(one.runs)) for pool in pools]
         for *both, data in zip(unlearned, retrained, sets, strict=True):
             found[data.split] = score(*both, data)[0]["score"]
