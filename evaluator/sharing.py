@@ -175,8 +175,7 @@ class _Parcel:
     def __init__(self, file: Path, archive: zipfile.ZipFile):
         self.file, self.archive = file, archive
         self.entries = {entry.filename: entry for entry in archive.infolist()}
-        manifest = self._manifest()
-        self.data, self.made_from, self.runs, self.sums = manifest
+        self.data, self.made_from, self.runs, self.sums = self._manifest()
         names = {MANIFEST, ORIGINAL, *({NOTE} & set(self.entries))}
         for split, runs in self.runs.items():
             names |= {f"{split}/run_{run:05d}.npz" for run in runs}

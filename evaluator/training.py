@@ -227,6 +227,7 @@ def original_is_given(data: Data, recipe: Recipe) -> bool:
 
 
 def original_note(path: Path) -> Path:
+    """The file that says how the network at `path` was trained; only one that was trained here has it."""
     return path.with_suffix(".json")
 
 

@@ -9,6 +9,7 @@ What it cannot find: kernels that are missing or give other values, memory, spee
 
 import contextlib
 from collections import Counter
+from unittest import mock
 
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -37,13 +38,13 @@ class PretendGPU(TorchFunctionMode):
 
     def __enter__(self):
         self.patches = contextlib.ExitStack()
-        self.patches.enter_context(_patched(torch, "Generator", _Generator))
+        self.patches.enter_context(mock.patch.object(torch, "Generator", _Generator))
         for name, replacement in {
             "synchronize": lambda device=None: self.waits.update(["synchronize"]),
             "get_rng_state": lambda device=None: torch.get_rng_state(),
             "set_rng_state": lambda state, device=None: None,
         }.items():
-            self.patches.enter_context(_patched(torch.cuda, name, replacement))
+            self.patches.enter_context(mock.patch.object(torch.cuda, name, replacement))
         self.patches.enter_context(_Operations(self))
         return super().__enter__()
 
@@ -170,13 +171,3 @@ class _Generator(torch.Generator):
     @property
     def device(self):
         return self.where
-
-
-@contextlib.contextmanager
-def _patched(module, name, replacement):
-    before = getattr(module, name)
-    setattr(module, name, replacement)
-    try:
-        yield
-    finally:
-        setattr(module, name, before)
