@@ -141,7 +141,8 @@ def draw(table: pd.DataFrame, means: pd.DataFrame, path: Path, title: str) -> No
     axes.axvline(ceiling, color=RETRAINED, linestyle="--", linewidth=1, label="ceiling (estimated)")
     over = methods[methods.fraction_of_retraining > COST_LIMIT]
     for row in over.itertuples():
-        at = max(row.high, points.score[points.method == row.method].max())
+        at = points.score[points.method == row.method].max()
+        at = row.high if row.high > at else at  # one forget set has no interval, and NaN is not above
         axes.annotate("over 20% of the cost", (at, row.method), (6, 0), textcoords="offset points", va="center", fontsize=7)
     axes.set(title=title, xlabel="score, mean over the forget sets", xlim=(0, None))
     axes.margins(y=0.01)
@@ -215,7 +216,8 @@ def write(args) -> None:
     sets = forget_sets.title(called, table)
     page = args.page or folder / ("PUBLISHED.md" if args.published else "RESULTS.md")
     picture = page.parent / ("docs" if args.page else "") / f"{kind}.png"
-    title = f"{called}, {table.split.nunique()} private forget sets, {args.runs} runs"
+    count = table.split.nunique()
+    title = f"{called}, {count} private forget {'set' if count == 1 else 'sets'}, {args.runs} runs"
     draw(table, means, picture, fill(title, 65))
     shown = as_text(means)
     left_out = "".join(f"\n\n{name} is left out: it diverges on {split}." for name, split in diverged.items())
