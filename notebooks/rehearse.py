@@ -92,18 +92,18 @@ def _write(path: Path, content: bytes) -> None:
     write_atomically(path, lambda file: file.write(content))
 
 
-def play(notebook: Path, source: Path, folder: Path, runs: int, **settings: str) -> Path:
-    """Run a notebook from top to bottom as Kaggle would; returns its submission.zip.
+def play(notebook: Path, source: Path, folder: Path, **settings: object) -> Path:
+    """Run a notebook from top to bottom as Kaggle would; returns its working folder.
 
-    folder: gets tmp/, working/ and the notebook with its outputs. settings: further environment variables.
+    folder: gets tmp/, working/ and the notebook with its outputs. settings: further REHEARSAL_ variables.
     Raises Problem with the notebook's own message when it stops.
     """
     book = nbformat.read(notebook, as_version=4)
     kept = {name: os.environ[name] for name in ("PATH", "HOME", "LANG", "SYSTEMROOT", "TEMP") if name in os.environ}
     with tempfile.TemporaryDirectory() as elsewhere:  # not in the kit, so that the notebook does not find it
         (Path(elsewhere) / "sitecustomize.py").write_text(NO_NETWORK)
-        places = {"INPUT": source, "TMP": folder / "tmp", "WORKING": folder / "working", "RUNS": runs}
-        env = {**kept, "PYTHONPATH": elsewhere, **{f"REHEARSAL_{name}": str(value) for name, value in places.items()}}
+        told = {"INPUT": source, "TMP": folder / "tmp", "WORKING": folder / "working", **settings}
+        env = {**kept, "PYTHONPATH": elsewhere, **{f"REHEARSAL_{name}": str(value) for name, value in told.items()}}
         client = nbclient.NotebookClient(
             book,
             timeout=None,
@@ -112,12 +112,12 @@ def play(notebook: Path, source: Path, folder: Path, runs: int, **settings: str)
             extra_arguments=["--log-level=ERROR"],
         )
         try:
-            client.execute(env=env | settings)
+            client.execute(env=env)
         except nbclient.exceptions.CellExecutionError as error:
             raise Problem(f"{notebook}: {error.evalue or error.ename}") from None
         finally:
-            _write(folder / "submission.ipynb", nbformat.writes(book).encode())
-    return folder / "working" / "submission.zip"
+            _write(folder / notebook.name, nbformat.writes(book).encode())
+    return folder / "working"
 
 
 def check_zip(path: Path, runs: int) -> None:
@@ -160,7 +160,7 @@ def rehearse(data: str, split: str, runs: int, images: int, results: Path, how: 
     say(f"{source}: {', '.join(sorted(path.name for path in source.iterdir()))}")
     for name in ("tmp", "working"):
         shutil.rmtree(folder / name, ignore_errors=True)
-    archive = play(notebook, source, folder, runs)
+    archive = play(notebook, source, folder, RUNS=runs) / "submission.zip"
     check_zip(archive, runs)
     say(f"{archive}: {runs} float16 checkpoints, each loads into resnet18(num_classes=10)")
 

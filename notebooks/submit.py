@@ -11,16 +11,14 @@ import argparse
 import ast
 import json
 import os
-import re
 import shlex
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 import build
+from kaggle_command import kaggle, push, push_command, slug, status_command, user_name, wait_for
 
 from evaluator.files import Problem, write_atomically, write_json
 
@@ -37,11 +35,6 @@ DEMANDED = {
     "machine_shape": "NvidiaTeslaT4",  # two of them; a P100 does not work with today's torch
     "competition_sources": [COMPETITION],
 }
-NO_CREDENTIALS = """no Kaggle credentials: do one of these, then run this again
-  - https://www.kaggle.com/settings/api > Generate New Token, and save it as ~/.kaggle/access_token (chmod 600)
-  - or set KAGGLE_API_TOKEN to it, or KAGGLE_USERNAME and KAGGLE_KEY to those of an older kaggle.json
-  - or run: kaggle auth login
-and accept the rules at https://www.kaggle.com/competitions/neurips-2023-machine-unlearning/rules once"""
 
 
 def check_metadata(path: Path) -> dict:
@@ -54,12 +47,13 @@ def check_metadata(path: Path) -> dict:
         if metadata.get(key) != value:
             said = json.dumps(metadata[key]) if key in metadata else "missing"
             raise Problem(f"{path}: {key} is {said}, it must be {json.dumps(value)}")
-    title, slug = metadata.get("title", ""), metadata.get("id", "").partition("/")[2]
+    title, name = metadata.get("title", ""), metadata.get("id", "").partition("/")[2]
     if not 5 <= len(title) <= 50:
         raise Problem(f"{path}: title {title!r} has {len(title)} characters, Kaggle takes 5 to 50")
-    slugified = re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-")
-    if slug != slugified:
-        raise Problem(f"{path}: id ends in {slug!r}, the title makes it {slugified!r}; Kaggle would make a second notebook")
+    if name != slug(title):
+        raise Problem(
+            f"{path}: id ends in {name!r}, the title makes it {slug(title)!r}; Kaggle would make a second notebook"
+        )
     return metadata
 
 
@@ -90,56 +84,6 @@ def check_notebook(path: Path) -> None:
             raise Problem(f"{path}: no cell defines {name}")
 
 
-def kaggle(*arguments: str) -> str:
-    """Run Kaggle's command; returns what it printed. Raises Problem with its last line when it fails.
-
-    Never imported: `import kaggle` alone logs in, and some versions end the process when that fails."""
-    done = subprocess.run(
-        [sys.executable, "-m", "kaggle", *arguments], capture_output=True, text=True, stdin=subprocess.DEVNULL
-    )
-    said = f"{done.stdout}\n{done.stderr}".strip()
-    if "Authentication required" in said:
-        raise Problem(NO_CREDENTIALS)
-    if done.returncode:
-        raise Problem(f"{shlex.join(['kaggle', *arguments])}: {said.splitlines()[-1] if said else 'failed'}")
-    return said
-
-
-def user_name() -> str:
-    """The name of the account that Kaggle's command would use."""
-    found = re.search(r"^- username: (\S+)$", kaggle("config", "view"), re.MULTILINE)
-    if found is None or found[1] == "None":
-        raise Problem(NO_CREDENTIALS)
-    return found[1]
-
-
-def push(folder: Path) -> str:
-    """Upload; returns the version number. The command exits with 0 even when Kaggle refuses the upload."""
-    said = kaggle("kernels", "push", "-p", str(folder))
-    version = re.search(r"Kernel version (\d+) successfully pushed", said)
-    if version is None or "not valid" in said:
-        raise Problem(f"kaggle kernels push: {' '.join(said.split())}")
-    print(said)
-    return version[1]
-
-
-def wait_for(kernel: str, seconds: float) -> None:
-    """Wait until the run is complete. Raises Problem when it fails."""
-    status = ""
-    while status != "COMPLETE":
-        said = kaggle("kernels", "status", kernel)
-        found = re.search(r'has status "(?:KernelWorkerStatus\.)?(\w+)"', said)
-        if found is None:
-            raise Problem(f"kaggle kernels status {kernel}: {said}")
-        if found[1].upper() != status:
-            status = found[1].upper()
-            print(f"{time.strftime('%H:%M')} {kernel}: {status.lower()}", flush=True)
-        if status in ("ERROR", "CANCEL_REQUESTED", "CANCEL_ACKNOWLEDGED"):
-            raise Problem(f"{' '.join(said.split())}; its log: kaggle kernels logs {kernel}")
-        if status != "COMPLETE":
-            time.sleep(seconds)
-
-
 def submit(message: str, staging: Path, seconds: float, dry_run: bool) -> None:
     notebook = HERE / "submission.ipynb"
     if notebook.exists() and build.edited(notebook):
@@ -165,8 +109,7 @@ def submit(message: str, staging: Path, seconds: float, dry_run: bool) -> None:
 
     if dry_run:
         print("would run (VERSION is printed by the first command; the second is repeated until it says COMPLETE):")
-        push_it, ask = ["kernels", "push", "-p", str(staging)], ["kernels", "status", kernel]
-        for arguments in (push_it, ask, command("VERSION")):
+        for arguments in (push_command(staging), status_command(kernel), command("VERSION")):
             print(f"  kaggle {shlex.join(arguments)}")
         return
     version = push(staging)

@@ -5,7 +5,6 @@
 import argparse
 import ast
 import base64
-import http.server
 import io
 import json
 import linecache
@@ -15,7 +14,6 @@ import resource
 import shutil
 import subprocess
 import sys
-import threading
 import zipfile
 from pathlib import Path
 
@@ -33,6 +31,7 @@ import rehearse
 import submit
 from digits import RECIPE
 from digits import digits as prepare_digits
+from kaggle_stand_in import StandIn
 from layout import write
 
 import evaluate
@@ -250,7 +249,7 @@ def test_the_tuning_notebook_shows_a_try_beside_the_one_before(digits, tmp_path)
 def rehearsed(mounted, tmp_path_factory) -> Path:
     """A folder with what `make rehearse` makes, of few images: the notebook's zip of 4 networks, and results/."""
     folder = tmp_path_factory.mktemp("rehearsed")
-    archive = rehearse.play(SUBMISSION, mounted / "input", folder, 4)
+    archive = rehearse.play(SUBMISSION, mounted / "input", folder, RUNS=4) / "submission.zip"
     common = ["--data", str(mounted / "data"), "--runs", "4", "--results", str(folder / "results")]
     assert evaluate.main([str(SUBMISSION), "--keep-networks", *common]) == 0
     assert evaluate.main(["--checkpoints", str(archive), *common]) == 0
@@ -353,7 +352,7 @@ def test_a_checkpoint_in_the_zip_that_cannot_be_used(mounted, rehearsed, tmp_pat
 def test_a_notebook_that_stops_says_why_in_one_line(kaggle, tmp_path):
     (kaggle / "input" / "forget.csv").unlink()
     with pytest.raises(Problem, match=r"forget\.csv: cannot be read") as stopped:
-        rehearse.play(SUBMISSION, kaggle / "input", tmp_path / "played", 2)
+        rehearse.play(SUBMISSION, kaggle / "input", tmp_path / "played", RUNS=2)
     assert "\n" not in str(stopped.value)
 
 
@@ -528,45 +527,19 @@ def test_a_notebook_is_checked_before_it_is_sent(tmp_path):
         submit.check_notebook(path)
 
 
-class StandIn(http.server.BaseHTTPRequestHandler):
-    """Answers Kaggle's own command as Kaggle's server would, and keeps what was sent."""
-
-    def do_POST(self):
-        name = self.path.rsplit("/", 1)[1]
-        sent = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        self.server.sent.append((name, sent))
-        answers = self.server.answers
-        content = json.dumps(answers[name].pop(0) if len(answers.get(name, [])) > 1 else answers.get(name, [{}])[0]).encode()
-        self.send_response(200)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(content)))
-        self.end_headers()
-        self.wfile.write(content)
-
-    def log_message(self, *_):
-        pass
-
-
 @pytest.fixture
 def stand_in():
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), StandIn)
-    server.sent = []
-    server.answers = {
-        "SaveKernel": [{"versionNumber": 7, "url": "https://www.kaggle.com/code/ada/x"}],
-        "GetKernelSessionStatus": [{"status": "RUNNING"}, {"status": "COMPLETE"}],
-        "CreateCodeSubmission": [{"message": "Successfully submitted"}],
-    }
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield server
-    server.shutdown()
-    server.server_close()
+    with StandIn() as server:
+        server.answers = {
+            "SaveKernel": [{"versionNumber": 7, "url": "https://www.kaggle.com/code/ada/x"}],
+            "GetKernelSessionStatus": [{"status": "RUNNING"}, {"status": "COMPLETE"}],
+            "CreateCodeSubmission": [{"message": "Successfully submitted"}],
+        }
+        yield server
 
 
 def run_submit(home: Path, server=None, *arguments: str) -> subprocess.CompletedProcess:
-    env = {"PATH": os.environ["PATH"], "HOME": str(home), "KAGGLE_CONFIG_DIR": str(home)}
-    if server:
-        address = f"http://127.0.0.1:{server.server_port}"  # the command knows a local server on port 80 alone: a proxy
-        env |= {"KAGGLE_API_ENVIRONMENT": "LOCALHOST", "http_proxy": address, "KAGGLE_USERNAME": "ada", "KAGGLE_KEY": "k"}
+    env = {"PATH": os.environ["PATH"], "HOME": str(home), "KAGGLE_CONFIG_DIR": str(home)} | (server.env if server else {})
     command = [sys.executable, str(ROOT / "notebooks" / "submit.py"), "--staging", str(home / "staging"), "--every", "0.1"]
     return subprocess.run([*command, *arguments], env=env, capture_output=True, text=True, cwd=home)
 
