@@ -14,6 +14,7 @@ Everything finished is kept under --results: the same command resumes where it w
 change of data, recipe, code or hyperparameters affects.
 """
 
+import argparse
 import ast
 import re
 import sys
@@ -36,14 +37,20 @@ from evaluator.tuning import tuned_values
 OURS = [HERE / "methods" / "finetune.py", HERE / "methods" / "negrad.py", HERE / "unlearning.py"]
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = command.parser(__doc__, "split", "second-pool", "attacks", "time-limit", "keep-networks")
+def options(documentation: str) -> argparse.ArgumentParser:
+    """A parser of what an evaluation can be asked for."""
+    parser = command.parser(documentation, "split", "second-pool", "attacks", "time-limit", "keep-networks")
     parser.add_argument("methods", nargs="*", metavar="METHOD", help="a .py file or an .ipynb notebook with unlearning()")
     what = parser.add_argument_group("what is scored")
     what.add_argument("--checkpoints", type=Path, metavar="ZIP", help="a submission.zip with one checkpoint per run")
     what.add_argument("--preset", help="a key of the methods' PRESETS (default: the data set's name, if there is one)")
     what.add_argument("--tuned", action="store_true", help="use the values that `make tune` found for the data set")
     what.add_argument("--set", nargs="+", default=[], metavar="FIELD=VALUE", help="Config fields of the METHODs")
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = options(__doc__)
     part = parser.add_argument_group("pool make and pool export")
     part.add_argument("--first", type=int, default=0, metavar="RUN", help="the first run (default: 0)")
     part.add_argument("--count", type=int, help="how many runs (default: make --runs of them, export all that are kept)")

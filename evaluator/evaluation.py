@@ -161,16 +161,10 @@ class Evaluation:
         with self.alone():
             unlearned = self.unlearned(method)
             retrained = self.retrained()
-            made_of = {
-                "runs": self.runs,
-                "unlearned": unlearned.folder.name,
-                "retrained": retrained.folder.name,
-                "scoring": scoring.VERSION,
-            }
+            made_of = self.made_of(unlearned, retrained)
             folder = self.setting.results_of(self.data, method.name)
-            summary = read_json(folder / "summary.json")
-            whole = summary.get("checked") == checksum(summary, folder / "examples.csv")
-            if whole and summary["made_of"] == made_of and ("attacks" in summary or not self.attacks):
+            summary = self.kept(method, made_of)
+            if summary:
                 if summary.get("note", "") == self.data.note:
                     return summary
                 write_summary(folder, summary | {"note": self.data.note})
@@ -204,6 +198,22 @@ class Evaluation:
             write_csv(folder / "examples.csv", table.assign(**columns))
             write_summary(folder, summary)
             return read_json(folder / "summary.json")
+
+    def made_of(self, unlearned: Pool, retrained: Pool) -> dict:
+        """What a summary of these pools depends on."""
+        return {
+            "runs": self.runs,
+            "unlearned": unlearned.folder.name,
+            "retrained": retrained.folder.name,
+            "scoring": scoring.VERSION,
+        }
+
+    def kept(self, method: Method | Checkpoints, made_of: dict) -> dict:
+        """The summary that is there, if it is whole and made of exactly this; else empty."""
+        folder = self.setting.results_of(self.data, method.name)
+        summary = read_json(folder / "summary.json")
+        whole = summary.get("checked") == checksum(summary, folder / "examples.csv")
+        return summary if whole and summary["made_of"] == made_of and ("attacks" in summary or not self.attacks) else {}
 
     def score_of(self, method: Method, runs: range) -> dict:
         """The score and its parts for some runs, against the retrained networks with the same numbers; it is not kept."""

@@ -61,6 +61,7 @@ class Method:
     search_space: dict = dataclasses.field(default_factory=dict)  # field -> the range or choices in its annotation
     ensemble: bool = False  # whether K networks may be handed over as one
     digest: str = ""  # of its code, and of the files beside it that it reads when imported
+    files: tuple[Path, ...] = ()  # those files
 
     @classmethod
     def read(
@@ -183,7 +184,11 @@ class _Description:
     def __call__(self, _) -> dict:
         loaded = _load(self.path)
         module = loaded.module
-        found = {"ensemble": bool(getattr(module, "ENSEMBLE", False)), "digest": loaded.digest()}
+        found = {
+            "ensemble": bool(getattr(module, "ENSEMBLE", False)),
+            "digest": loaded.digest(),
+            "files": tuple(sorted(loaded.files)),
+        }
         kind = getattr(module, "Config", None)
         if kind is None:
             if self.values or self.preset:

@@ -1,10 +1,10 @@
-"""Builds notebooks/submission.ipynb and tuning.ipynb from the reviewable .py files beside them (jupytext, py:percent).
+"""Builds the notebooks from the reviewable .py files beside them (jupytext, py:percent).
 
     python notebooks/build.py            write the notebooks that are out of date
     python notebooks/build.py --force    also those that were edited by hand; the edits are lost
 
 The same sources give the same bytes. Two cells of submission.py are filled in from unlearning.py: the hyperparameters from
-its Config, and the file itself.
+its Config, and the file itself. kaggle_evaluate.py fills in the parameters of evaluation.py.
 """
 
 import argparse
@@ -22,15 +22,16 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 from evaluator.files import Problem, write_atomically
 
-NOTEBOOKS = ("submission", "tuning")
+NOTEBOOKS = ("submission", "tuning", "evaluation")
 
 
-def build(name: str) -> str:
-    """The text of a notebook, without outputs."""
+def build(name: str, **given: str) -> str:
+    """The text of a notebook, without outputs. given: what a cell that begins with `#: <name>` is to hold."""
     method = (HERE.parent / "unlearning.py").read_text()
     filled_in = {
         "#: hyperparameters": hyperparameters_cell(method),
         "#: method": f"#: method\n{method.rstrip()}",
+        **{f"#: {cell}": f"#: {cell}\n{source}" for cell, source in given.items()},
     }
     cells = []
     for cell in jupytext.read(HERE / f"{name}.py", fmt="py:percent").cells:
