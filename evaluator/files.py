@@ -5,6 +5,7 @@ import contextlib
 import hashlib
 import json
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
@@ -69,5 +70,8 @@ def write_csv(path: Path, table: "pd.DataFrame") -> None:
 
 
 def code_digest(tree: ast.Module) -> str:
-    """A hash of code without comments and formatting: of what can change a result."""
-    return hashlib.sha256(ast.dump(tree).encode()).hexdigest()
+    """A hash of code without comments and formatting: of what can change a result. Every Python gives the same, so that
+    runs made on another machine are found here."""
+    empty_too = {"show_empty": True} if sys.version_info >= (3, 13) else {}
+    text = ast.dump(tree, **empty_too).replace(", type_params=[]", "")  # Python 3.12 added it
+    return hashlib.sha256(text.encode()).hexdigest()
