@@ -12,6 +12,8 @@
 # make notebook            notebooks/*.ipynb from unlearning.py and their sources
 # make rehearse            Kaggle on this machine: runs the notebook, checks and scores its submission.zip
 # make submit              upload the notebook and submit it; DRY=1 prints the commands instead
+# make kaggle-evaluate     make evaluate on Kaggle's free GPUs: uploads the kit and the data, waits, brings the results home;
+#                          takes METHOD, DATA, SPLIT, RUNS and ATTACKS as make evaluate does; DRY=1 prints the commands
 # make test                lint and tests
 # make format              reformat the code as `make test` wants it
 # make clean               delete results/, caches and the data that code makes again
@@ -36,7 +38,7 @@ ON := --data $(DATA) $(if $(JOBS),--jobs $(JOBS))
 READY := $(VENV)/.ready $(if $(wildcard $(DATA)/.),,data/$(DATA)/dataset.json)
 READY_DEV := $(VENV)/.ready-dev $(READY)
 
-.PHONY: data evaluate report tune ladder leaderboard notebook rehearse submit test lint format clean
+.PHONY: data evaluate report tune ladder leaderboard notebook rehearse submit kaggle-evaluate test lint format clean
 
 data: $(VENV)/.ready
 	$(RUN) data/prepare.py $(DATA) $(if $(FROM),--from $(FROM))
@@ -64,6 +66,10 @@ rehearse: $(READY_DEV)
 
 submit: $(VENV)/.ready-dev
 	$(RUN) notebooks/submit.py $(if $(DRY),--dry-run)
+
+kaggle-evaluate: $(READY_DEV)
+	$(RUN) notebooks/kaggle_evaluate.py $(METHOD) --data $(DATA) --split '$(SPLIT)' --runs $(RUNS) $(if $(ATTACKS),--attacks) \
+		$(if $(DRY),--dry-run)
 
 test: $(VENV)/.ready-dev lint
 	$(RUN) -m pytest -q -n auto --dist worksteal

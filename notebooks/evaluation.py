@@ -47,6 +47,7 @@ WORKING = Path(os.environ.get("REHEARSAL_WORKING", "/kaggle/working"))
 HOURS = float(os.environ.get("REHEARSAL_HOURS", HOURS))
 DEVICE = os.environ.get("REHEARSAL_DEVICE", "cuda")  # a GPU that does not work is an error, not eleven hours on two cores
 UNPACKED, DATA_HERE, RESULTS = TMP / "unpacked", TMP / "data" / DATA, TMP / "results"
+KEY = CONTENT.get("data", DATA)  # of these data: results.zip may also hold what was made from others
 
 
 class Stop(Exception):
@@ -115,14 +116,12 @@ def link_data(source: Path) -> None:
             (DATA_HERE / path.name).symlink_to(path)
 
 
-def take_over(earlier: Path) -> None:
-    """Copy an original network and results that are not here yet."""
-    for name, here in (("data", DATA_HERE), ("results", RESULTS)):
-        for path in (earlier / name).rglob("*"):
-            target = here / path.relative_to(earlier / name)
-            if path.is_file() and not target.exists():
-                target.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(path, target)
+def copy_missing(source: Path, target: Path) -> None:
+    for path in source.rglob("*"):
+        here = target / path.relative_to(source)
+        if path.is_file() and not here.exists():
+            here.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, here)
 
 
 def evaluate(kit: Path) -> tuple[int, str]:
@@ -153,10 +152,12 @@ def session() -> dict:
         check_content()
         kit = find("the kit", "kit", "evaluate.py")
         data = find("the data folder", DATA, "age_class_weights.json")
-        take_over(kit / "kept")  # what is kept at home comes first
+        copy_missing(kit / "kept" / "data", DATA_HERE)  # what is kept at home comes first
         link_data(data)
         for made in earlier:
-            take_over(made)
+            copy_missing(made / "data" / KEY, DATA_HERE)
+        for made in [kit / "kept", *earlier]:
+            copy_missing(made / "results", RESULTS)
         code, last = evaluate(kit)
     except (Stop, OSError, zipfile.BadZipFile) as error:
         code, last = 1, " ".join(str(error).split())
@@ -168,17 +169,18 @@ def write_results() -> None:
     """results.zip: results/, and in data/ the original network; under its name only when it is whole."""
     WORKING.mkdir(parents=True, exist_ok=True)
     part = WORKING / ".results.zip.part"
+    places = {DATA_HERE: f"data/{KEY}", RESULTS: "results"}
     with zipfile.ZipFile(part, "w", zipfile.ZIP_DEFLATED) as archive:
-        for name, paths in (("data", DATA_HERE.glob("original_model*")), ("results", RESULTS.rglob("*"))):
-            for path in sorted(paths):
-                if path.is_file() and not path.name.startswith("."):
-                    archive.write(path, Path(name) / path.relative_to(DATA_HERE if name == "data" else RESULTS))
+        for path in sorted([*DATA_HERE.glob("original_model*"), *RESULTS.rglob("*")]):
+            folder = RESULTS if path.is_relative_to(RESULTS) else DATA_HERE
+            if path.is_file() and not path.name.startswith("."):
+                archive.write(path, f"{places[folder]}/{path.relative_to(folder).as_posix()}")
     part.replace(WORKING / "results.zip")
 
 
 state = session()
 write_results()
-(WORKING / "state.json").write_text(json.dumps({**state, "arguments": ARGUMENTS, "data": DATA}, indent=2) + "\n")
+(WORKING / "state.json").write_text(json.dumps({**state, "arguments": ARGUMENTS, "data": KEY}, indent=2) + "\n")
 print(f"\n{state['state']} after {(time.monotonic() - START) / 3600:.2f} h {state['error']}")
 for page in sorted(RESULTS.glob("*/*/report.html")):
     print(f"in results.zip: {page.relative_to(TMP)}")

@@ -84,8 +84,13 @@ def score(args: argparse.Namespace) -> None:
     for evaluation in evaluations:
         _ = evaluation.recipe  # reads the data
     methods = evaluate.methods_of(args, evaluations[0].data.name)
+    for method in methods if args.kit else []:
+        if method.path and not method.path.resolve().is_relative_to(ROOT):
+            raise Problem(f"{method.path}: is not in the kit, and --kit names one that is not uploaded; leave out --kit")
     if kept(evaluations, methods) != wanted(evaluations, methods):
-        make_at_kaggle(args, evaluations, methods)
+        (print_commands if args.dry_run else make_at_kaggle)(args, evaluations, methods)
+    elif args.dry_run:
+        print("everything is here: nothing would be sent")
     if not args.dry_run:
         evaluate.evaluate(args)
 
@@ -137,7 +142,7 @@ def place(path: Path) -> PurePosixPath:
 
 
 def arguments_there(args: argparse.Namespace) -> list[str]:
-    """evaluate.py's arguments at Kaggle, without the places of the data and results."""
+    """evaluate.py's arguments at Kaggle, but for where the data and results are."""
     words = [*(str(place(Path(path))) for path in args.methods), "--split", args.split, "--runs", str(args.runs)]
     for name in ("model", "preset", "time_limit"):
         if getattr(args, name) is not None:
@@ -186,7 +191,11 @@ def stage(folder: Path, data_set: str, title: str, files: Mapping[str, Path]) ->
     """Make the folder of a data set: a zip of files, and their digest in digest.txt. Returns the digest."""
     lines = [f"{entry} {hashlib.sha256(path.read_bytes()).hexdigest()}" for entry, path in sorted(files.items())]
     digest = hashlib.sha256("\n".join(lines).encode()).hexdigest()
-    shutil.rmtree(folder, ignore_errors=True)
+    write_json(folder / "dataset-metadata.json", {"id": data_set, "title": title, "licenses": [{"name": "other"}]})
+    note = folder / "digest.txt"
+    if note.is_file() and note.read_text() == digest:
+        return digest
+    note.unlink(missing_ok=True)
 
     def pack(file) -> None:
         with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED, strict_timestamps=False) as archive:
@@ -194,37 +203,28 @@ def stage(folder: Path, data_set: str, title: str, files: Mapping[str, Path]) ->
                 archive.write(path, entry)
 
     write_atomically(folder / f"{folder.name}.zip", pack)
-    put(digest.encode(), folder / "digest.txt")
-    write_json(folder / "dataset-metadata.json", {"id": data_set, "title": title, "licenses": [{"name": "other"}]})
+    put(digest.encode(), note)
     return digest
 
 
 def stage_notebook(
-    folder: Path,
-    kernel: str,
-    own: list[str],
-    arguments: list[str],
-    evaluation: Evaluation,
-    hours: float,
-    data_sets: Mapping[str, str],
-    digests: Mapping[str, str],
+    folder: Path, kernel: str, data_sets: Sequence[str], own: Sequence[str], parameters: Mapping[str, object]
 ) -> None:
     """Make the folder that is pushed. own: the notebook itself, if its last output is to be attached."""
     metadata = read_json(HERE / "kernel-metadata.json") | {"id": kernel, "title": TITLE, "code_file": "evaluation.ipynb"}
-    metadata |= {"dataset_sources": [*data_sets.values()], "competition_sources": [], "kernel_sources": own}
+    metadata |= {"dataset_sources": [*data_sets], "competition_sources": [], "kernel_sources": [*own]}
     write_json(folder / "kernel-metadata.json", metadata)
-    name = evaluation.folder.resolve().name
-    parameters = {"ARGUMENTS": arguments, "DATA": name, "CONTENT": dict(digests), "HOURS": hours}
     text = build.build("evaluation", parameters="\n".join(f"{name} = {value!r}" for name, value in parameters.items()))
     put(text.encode(), folder / "evaluation.ipynb")
 
 
 def stage_data_sets(
     args: argparse.Namespace, user: str, evaluations: Sequence[Evaluation], methods: Sequence[Method]
-) -> tuple[dict[str, str], dict[str, str]]:
-    """Make the folders of the data sets that are not given. Returns the data sets, and the digests of those made here."""
-    name = slug(evaluations[0].folder.resolve().name).replace("-", " ")
-    titles = {"kit": "Unlearning kit", "data": f"Unlearning data {name}"[:50].strip()}
+) -> tuple[dict[str, str], dict[str, object]]:
+    """Make the folders of the data sets that are not given. Returns the data sets' addresses, and the notebook's
+    parameters with the digests of those that were made here."""
+    name = evaluations[0].folder.resolve().name
+    titles = {"kit": "Unlearning kit", "data": f"Unlearning data {slug(name).replace('-', ' ')}"[:50].strip()}
     given = {"kit": args.kit, "data": args.data_set}
     data_sets = {what: given[what] or f"{user}/{slug(title)}" for what, title in titles.items()}
     files = {"kit": partial(kit_files, evaluations, methods), "data": partial(data_files, evaluations[0])}
@@ -233,7 +233,7 @@ def stage_data_sets(
         for what, title in titles.items()
         if not given[what]
     }
-    return data_sets, digests
+    return data_sets, {"ARGUMENTS": arguments_there(args), "DATA": name, "CONTENT": digests, "HOURS": args.hours}
 
 
 # At Kaggle
@@ -241,34 +241,32 @@ def stage_data_sets(
 
 def make_at_kaggle(args: argparse.Namespace, evaluations: Sequence[Evaluation], methods: Sequence[Method]) -> None:
     """Session after session until everything is here. Raises Problem when one fails, or makes nothing."""
-    if args.dry_run:
-        print_commands(args, evaluations, methods)
-        return
-    user = user_name()
-    kernel, there, goal = f"{user}/{slug(TITLE)}", arguments_there(args), wanted(evaluations, methods)
+    user, goal = user_name(), wanted(evaluations, methods)
+    kernel = f"{user}/{slug(TITLE)}"
     now, _ = status(kernel)
-    waiting, staged, here = now in GOING_ON, None, kept(evaluations, methods)
+    data_sets, parameters = stage_data_sets(args, user, evaluations, methods)
+    asked = {"arguments": parameters["ARGUMENTS"], "data": original_key(parameters)}
+    waiting, uploaded, here = now in GOING_ON, False, kept(evaluations, methods)
     while True:
         if waiting:
             wait_for(kernel, args.every)
             now = "COMPLETE"
-        state = fetch(kernel, args.staging / "output", evaluations, methods) if now == "COMPLETE" else {}
+        state = fetch(kernel, args.staging / "output", evaluations, methods, asked["data"]) if now == "COMPLETE" else {}
         before, here = here, kept(evaluations, methods)
         print(f"{here[0]} of {goal[0]} runs and {here[1]} of {goal[1]} scores are here", flush=True)
         if here == goal:
             return
-        if waiting and state["state"] == "failed":
-            raise Problem(f"{kernel} failed: {state['error']}")
-        if waiting and here == before and state["arguments"] == there:
-            raise Problem(f"{kernel}: {NOTHING_NEW[state['state']]}")
-        if staged is None:
-            staged = stage_data_sets(args, user, evaluations, methods)
-            for what in staged[1]:
-                upload(args.staging / what, staged[0][what], args.every)
+        if waiting and state | asked == state:  # else it was a run of another command
+            if state["state"] == "failed":
+                raise Problem(f"{kernel} failed: {state['error']}")
+            if here == before:
+                raise Problem(f"{kernel}: {NOTHING_NEW[state['state']]}")
+        for what in [] if uploaded else parameters["CONTENT"]:
+            upload(args.staging / what, data_sets[what], args.every)
         own = [kernel] if now == "COMPLETE" else []  # its last output, unless that run failed
-        stage_notebook(args.staging / "notebook", kernel, own, there, evaluations[0], args.hours, *staged)
+        stage_notebook(args.staging / "notebook", kernel, data_sets.values(), own, parameters)
         push(args.staging / "notebook")
-        waiting = True
+        waiting = uploaded = True
         time.sleep(args.every)
 
 
@@ -286,10 +284,10 @@ def print_commands(args: argparse.Namespace, evaluations: Sequence[Evaluation], 
         print(problem)
         user = os.environ.get("KAGGLE_USERNAME", "USER")
     kernel, notebook = f"{user}/{slug(TITLE)}", args.staging / "notebook"
-    data_sets, digests = stage_data_sets(args, user, evaluations, methods)
-    stage_notebook(notebook, kernel, [], arguments_there(args), evaluations[0], args.hours, data_sets, digests)
+    data_sets, parameters = stage_data_sets(args, user, evaluations, methods)
+    stage_notebook(notebook, kernel, data_sets.values(), [], parameters)
     commands = [(status_command(kernel), "a run that is going on is waited for")]
-    for what in digests:
+    for what in parameters["CONTENT"]:
         folder = args.staging / what
         create, version = upload_commands(folder)
         commands += [
@@ -360,19 +358,21 @@ def published(folder: Path, data_set: str) -> str | None:
 # What comes back
 
 
-def fetch(kernel: str, folder: Path, evaluations: Sequence[Evaluation], methods: Sequence[Method]) -> dict:
+def fetch(
+    kernel: str, folder: Path, evaluations: Sequence[Evaluation], methods: Sequence[Method], key: str
+) -> dict[str, object]:
     """Put what the notebook's last run made into the results here. Returns how it ended."""
     shutil.rmtree(folder, ignore_errors=True)
     kaggle(*output_command(kernel, folder))
     state = read_json(folder / "state.json")
-    if {"state", "error", "arguments"} - set(state):
+    if {"state", "error", "arguments", "data"} - set(state):
         raise Problem(f"{folder}: holds no results of {kernel}; to begin anew: kaggle kernels delete {kernel}")
-    take(folder / "results.zip", evaluations, methods)
+    take(folder / "results.zip", evaluations, methods, key)
     return state
 
 
-def take(archive: Path, evaluations: Sequence[Evaluation], methods: Sequence[Method]) -> None:
-    """Add a results.zip to what is here. What is here stays; only what was asked for is taken.
+def take(archive: Path, evaluations: Sequence[Evaluation], methods: Sequence[Method], key: str) -> None:
+    """Add a results.zip to what is here. What is here stays; only what was asked for is taken. key: see `original_key`.
 
     Raises Problem, and takes nothing, when the zip is damaged or a name in it would leave its folder."""
     try:
@@ -383,19 +383,24 @@ def take(archive: Path, evaluations: Sequence[Evaluation], methods: Sequence[Met
             for name in entries.namelist():
                 if PurePosixPath(name).is_absolute() or {"..", "\\"} & {*PurePosixPath(name).parts, *name}:
                     raise Problem(f"{archive}: {name!r} would leave its folder; nothing was taken")
-            take_original(entries, evaluations[0])
+            take_original(entries, evaluations[0], key)
             for evaluation in evaluations:
                 with evaluation.alone():
                     take_results(entries, evaluation, methods)
-    except (OSError, EOFError, NotImplementedError, zipfile.BadZipFile, zlib.error) as error:
+    except (OSError, EOFError, RuntimeError, ValueError, zipfile.BadZipFile, zlib.error) as error:
         raise Problem(f"{archive}: not a whole zip file ({one_line(error)}); run again to fetch it again") from error
 
 
-def take_original(entries: zipfile.ZipFile, evaluation: Evaluation) -> None:
+def original_key(parameters: Mapping[str, object]) -> str:
+    """The folder of the original network in a results.zip, which tells these data from others."""
+    return parameters["CONTENT"].get("data", parameters["DATA"])
+
+
+def take_original(entries: zipfile.ZipFile, evaluation: Evaluation, key: str) -> None:
     path = original_path(evaluation.data, evaluation.recipe)
     for file in (original_note(path), path):  # the note first: without it, the network would count as given
-        if not path.exists() and f"data/{file.name}" in entries.namelist():
-            put(entries.read(f"data/{file.name}"), file)
+        if not path.exists() and f"data/{key}/{file.name}" in entries.namelist():
+            put(entries.read(f"data/{key}/{file.name}"), file)
 
 
 def take_results(entries: zipfile.ZipFile, evaluation: Evaluation, methods: Sequence[Method]) -> None:

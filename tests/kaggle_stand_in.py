@@ -29,7 +29,7 @@ class StandIn(http.server.ThreadingHTTPServer):
 
     @property
     def env(self) -> dict[str, str]:
-        """The environment in which the command finds this server: it knows a local one on port 80 alone, so this is a proxy."""
+        """With it the command finds this server. It knows a local one on port 80 alone, so this one is its proxy."""
         login = {"KAGGLE_USERNAME": "ada", "KAGGLE_KEY": "k"}
         return {"KAGGLE_API_ENVIRONMENT": "LOCALHOST", "http_proxy": self.address, **login}
 
@@ -68,15 +68,16 @@ class StandIn(http.server.ThreadingHTTPServer):
     def SaveKernel(self, sent: dict) -> dict:
         self.versions += 1
         source = self.folder / f"input-{self.versions}"
+        source.mkdir(parents=True)
         for name in sent.get("datasetDataSources", []):
             owner, slug = name.split("/")
-            self._mount(self.data_sets[slug], source, owner, slug)
+            self._mount(self.data_sets.get(slug, {}), source, owner, slug)
         for name in sent.get("kernelDataSources", []):
             target = source / name.split("/")[1]
             target.mkdir(parents=True)
             for path in self._output(self.versions - 1):
                 (target / path.name).write_bytes(path.read_bytes())
-        self.play(sent["text"], source, self.folder / f"session-{self.versions}")
+        self.play(sent["text"], source, self.folder / f"session-{self.versions}" / "working")
         return {"versionNumber": self.versions, "url": "https://www.kaggle.com/code/ada/x"}
 
     def _mount(self, files: dict[str, bytes], source: Path, owner: str, slug: str) -> None:
