@@ -5,7 +5,8 @@
     python -m evaluator.tuning --split public               one forget set instead of all that match public*
 
 What may be tried stands beside each field of a method's Config, as an annotation:
-`Annotated[float, (low, high)]`, `(low, high, "log")` for either number type, or a list of choices.
+`Annotated[float, (low, high)]`, `(low, high, "log")` for either number type, or a list of choices. Epochs are written for a
+retraining of 12, the digits', and grow and shrink with that of other data.
 The values found are written to methods/tuned/<data>.json, which `evaluate.py --tuned` uses.
 """
 
@@ -31,6 +32,7 @@ from evaluator.scoring import COST_LIMIT, VERSION, score
 TRIALS, RUNS = 20, 16  # the budget of a method: settings scored, runs of each on every forget set,
 FINALISTS, TIMES_RUNS = 4, 4  # how many of the best are scored again, with how many times the runs
 DRAWN_AT_RANDOM = 8  # trials, before the sampler starts to learn from them
+EPOCHS = 12  # of a retraining for which the methods' ranges of epochs are written, the digits'
 
 
 def tuned_values(path: Path | str, data_name: str) -> dict:
@@ -54,13 +56,37 @@ def suggest(trial, method: Method) -> dict:
             values[name] = allowed[trial.suggest_categorical(name, range(len(allowed)))]
             continue
         low, high, *log = allowed
-        whole = isinstance(present, int) and not isinstance(present, bool)
-        whole = whole and isinstance(low, int)
+        whole = _whole(present, low)
         draw = trial.suggest_int if whole else trial.suggest_float
         value = draw(name, low, high, log=bool(log))
         value = value if whole else float(f"{value:.3g}")  # digits that a person can read
         values[name] = (value,) if isinstance(present, tuple) else value
     return values
+
+
+def _whole(present: object, low: object) -> bool:
+    """Whether a field takes whole numbers only: a float's value may be written as one, its range's ends are not."""
+    return isinstance(present, int) and not isinstance(present, bool) and isinstance(low, int)
+
+
+def fitted(method: Method, epochs: int) -> Method:
+    """The method with its ranges of epochs for a retraining of `epochs`, so that 20% of its cost buys the same part."""
+    times = epochs / EPOCHS
+    if times == 1:
+        return method
+
+    def scaled(value: object, whole: bool) -> object:
+        if isinstance(value, list | tuple):
+            return type(value)(scaled(part, whole) for part in value)
+        if isinstance(value, str):  # "log"
+            return value
+        return max(1, round(value * times)) if whole else float(f"{value * times:.3g}")
+
+    space = {
+        name: scaled(allowed, _whole(method.config[name], allowed[0])) if "epochs" in name else allowed
+        for name, allowed in method.search_space.items()
+    }
+    return dataclasses.replace(method, search_space=space)
 
 
 def tune(evaluations: Sequence[Evaluation], method: Method, trials: int = TRIALS) -> dict:
@@ -72,6 +98,7 @@ def tune(evaluations: Sequence[Evaluation], method: Method, trials: int = TRIALS
     defaults, so that no method starts from values found earlier. Trials are kept under results/<data>/<first split>/tuning,
     and an interrupted search resumes there. Returns what `write` puts into methods/tuned/<data>.json.
     """
+    method = fitted(method, evaluations[0].recipe.epochs)
     with evaluations[0].alone():
         study = _study(evaluations, method)
         search(study, evaluations, method, trials)

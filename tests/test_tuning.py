@@ -104,6 +104,39 @@ def test_values_are_drawn_from_the_ranges():
     assert all(float(f"{rate:.3g}") == rate for rate in rates)
 
 
+FOUR_KINDS_OF_RANGES = """from dataclasses import dataclass
+from typing import Annotated
+
+
+@dataclass(frozen=True)
+class Config:
+    tensors: Annotated[int, (2, 16)] = 6
+    epochs: Annotated[float, (0.2, 4.0)] = 10
+    forget_epochs: Annotated[int, (1, 4)] = 1
+    cycle_epochs: Annotated[tuple[float, ...], [(2,), (1, 1)]] = (1, 1)
+
+
+def unlearning(net, retain_loader, forget_loader, val_loader, config=Config()): ...
+"""
+
+
+def test_ranges_of_epochs_fit_the_length_of_a_retraining(tmp_path):
+    file = tmp_path / "some.py"
+    file.write_text(FOUR_KINDS_OF_RANGES)
+    read = Method.read(file)
+    assert tuning.fitted(read, tuning.EPOCHS) == read
+    short = tuning.fitted(read, 3)
+    assert short.search_space == {
+        "tensors": (2, 16),
+        "epochs": (0.05, 1.0),
+        "forget_epochs": (1, 1),
+        "cycle_epochs": [(0.5,), (0.25, 0.25)],
+    }
+    assert tuning.fitted(read, 30).search_space["epochs"] == (0.5, 10.0)
+    # The default that is too long is moved to the range's end; the choice that is no longer there is drawn.
+    assert tuning._published_setting(short) == {"tensors": 6, "epochs": 1.0, "forget_epochs": 1}
+
+
 def test_the_best_of_the_tried(evaluation, tmp_path):
     tried = method(tmp_path)
     found = tuning.tune([evaluation], tried, trials=5)
