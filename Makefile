@@ -17,7 +17,8 @@
 # make test                lint and tests
 # make format              reformat the code as `make test` wants it
 # make clean               delete results/, caches and the data that code makes again
-# Defaults where a target takes them: DATA=digits SPLIT=public RUNS=512. JOBS=1 uses one core only.
+# Defaults where a target takes them: DATA=digits SPLIT=public RUNS=512. JOBS=1 uses one core only, DASK=tcp://… the workers
+# of a Dask scheduler (docs/scaling.md).
 # Data that are missing are made first.
 # Every target sets up what it needs; VENV=/path/to/environment uses an environment that exists.
 
@@ -28,12 +29,13 @@ DATA ?= digits
 SPLIT ?= public
 METHOD ?=
 JOBS ?=
+DASK ?=
 ATTACKS ?=
 PAGE ?=
 FROM ?=
 PUBLISHED ?=
 RUN := $(VENV)/bin/python
-ON := --data $(DATA) $(if $(JOBS),--jobs $(JOBS))
+ON := --data $(DATA) $(if $(JOBS),--jobs $(JOBS)) $(if $(DASK),--dask $(DASK))
 # DATA is a name under data/, or any folder.
 READY := $(VENV)/.ready $(if $(wildcard $(DATA)/.),,data/$(DATA)/dataset.json)
 READY_DEV := $(VENV)/.ready-dev $(READY)

@@ -28,7 +28,7 @@ from evaluator import command, forget_sets
 from evaluator.attacks import ATTACKS
 from evaluator.comparison import rank_correlations, winners
 from evaluator.evaluation import HERE, Evaluation
-from evaluator.files import Problem, read_json, write_atomically, write_csv
+from evaluator.files import Problem, read_json, write_atomically, write_bytes, write_csv
 from evaluator.method import NO_UNLEARNING, Diverged, Method
 from evaluator.report import RETRAINED, UNLEARNED
 from evaluator.scoring import COST_LIMIT, processor, versions
@@ -244,7 +244,7 @@ def write(args) -> None:
         minutes=minutes,
         machine=", ".join([processor(), versions()["processor"], f"torch {versions()['torch']}"]),
     )
-    write_atomically(page, lambda file: file.write(text.encode()))
+    write_bytes(page, text.encode())
     print(f"\n{sets}\n{shown.to_string(index=False)}{left_out}\n\nrank correlations between judges")
     print(judges.round(2).to_string())
     print(f"the best method {winners(by_judge)}")

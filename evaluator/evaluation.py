@@ -6,7 +6,7 @@ import sys
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import filelock
@@ -14,14 +14,14 @@ import joblib
 import torch
 from torch import Tensor, nn
 
-from evaluator import scoring
+from evaluator import cluster, scoring
 from evaluator.checkpoints import Checkpoints
 from evaluator.data import Data, load
 from evaluator.files import Problem, one_line, read_json, write_csv, write_json
 from evaluator.method import Method
 from evaluator.pool import Pool
-from evaluator.runs import Setting, cost, retrained_pool, unlearned_pool
-from evaluator.training import Recipe, original_is_given, original_network, own_model, seconds_of_retraining
+from evaluator.runs import Setting, cost, gpus, retrained_pool, retraining_seconds, unlearned_pool
+from evaluator.training import Recipe, original_is_given, original_network, own_model
 
 HERE = Path(__file__).resolve().parent.parent
 MOST_RUNS, MOST_JOBS = 5000, 256  # the metric's table of N² epsilons takes 200 MB at 5,000
@@ -58,8 +58,10 @@ class Evaluation:
         time_limit: float | None = None,
         keep_networks: bool = False,
         model: str | None = None,
+        dask: str | None = None,
     ) -> "Evaluation":
-        """data: a name under data/, or any folder in that layout. jobs: processes; None: one per core, or one on the GPU.
+        """data: a name under data/, or any folder in that layout. jobs: processes; None: one per core, or one per GPU. dask:
+        the address of a scheduler whose workers make the runs.
 
         Raises Problem when a value cannot be used.
         """
@@ -69,9 +71,14 @@ class Evaluation:
             raise Problem(f"--jobs {jobs}: must be 1 to {MOST_JOBS} processes")
         if time_limit is not None and not time_limit > 0:
             raise Problem(f"--time-limit {time_limit:g}: must be more than 0 seconds")
-        device = working_device(device)
-        jobs = jobs or (1 if device == "cuda" else joblib.cpu_count())
-        setting = Setting(Path(results).absolute(), jobs, device, time_limit, keep_networks)
+        if dask:
+            if jobs is not None:
+                raise Problem(f"--jobs {jobs}: the workers of --dask say themselves how many runs they make at once")
+            own_device, (device, jobs) = working_device("auto"), cluster.workers(dask, device)
+        else:
+            own_device = device = working_device(device)
+            jobs = jobs or (len(gpus()) if device == "cuda" else joblib.cpu_count())
+        setting = Setting(Path(results).absolute(), jobs, device, own_device, dask, time_limit, keep_networks)
         return cls(data_folder(data), split, setting, runs, second_pool, attacks, model)
 
     @cached_property
@@ -115,7 +122,7 @@ class Evaluation:
     def original(self) -> nn.Module:
         """The network to unlearn from; trained if the data folder has none."""
         with self.alone(), stage("original network"):
-            return original_network(self.data.to(self.setting.device), self.recipe).cpu()
+            return original_network(self.data.to(self.setting.own_device), self.recipe).cpu()
 
     def retrained(self, kind: str = "retrained") -> Pool:
         """The retrained networks; those that are missing are made. kind: "retrained_again" is a second, independent pool."""
@@ -135,8 +142,8 @@ class Evaluation:
 
     def retraining_seconds(self) -> float:
         """The seconds of one retraining, alone on one thread."""
-        data = self.data.to(self.setting.device)
-        return self.retrained().number(f"seconds_{self.setting.device}", lambda: seconds_of_retraining(data, self.recipe))
+        measure = partial(retraining_seconds, self.setting, self.data, self.recipe)
+        return self.retrained().number(f"seconds_{self.setting.device}", measure)
 
     def ceiling(self) -> dict:
         """The row of a perfect unlearner: retrained against retrained. Estimated, or measured with a second pool."""

@@ -52,8 +52,12 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
         raise
 
 
+def write_bytes(path: Path, content: bytes) -> None:
+    write_atomically(path, lambda file: file.write(content))
+
+
 def write_json(path: Path, content: dict) -> None:
-    write_atomically(path, lambda file: file.write((json.dumps(content, indent=2) + "\n").encode()))
+    write_bytes(path, (json.dumps(content, indent=2) + "\n").encode())
 
 
 def read_json(path: Path) -> dict:
@@ -66,7 +70,7 @@ def read_json(path: Path) -> dict:
 
 
 def write_csv(path: Path, table: "pd.DataFrame") -> None:
-    write_atomically(path, lambda file: file.write(table.to_csv(index=False).encode()))
+    write_bytes(path, table.to_csv(index=False).encode())
 
 
 def code_digest(tree: ast.Module) -> str:

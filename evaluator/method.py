@@ -13,6 +13,7 @@ import os
 import random
 import signal
 import sys
+import tempfile
 import time
 import typing
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ from torch import nn
 
 from evaluator.data import Data, Loader
 from evaluator.ensemble import Ensemble
-from evaluator.files import Problem, code_digest, one_line
+from evaluator.files import Problem, code_digest, one_line, write_bytes
 from evaluator.models import state_misfit
 from evaluator.notebook import method_statements
 from evaluator.processes import in_process
@@ -62,6 +63,7 @@ class Method:
     ensemble: bool = False  # whether K networks may be handed over as one
     digest: str = ""  # of its code, and of the files beside it that it reads when imported
     files: tuple[Path, ...] = ()  # those files
+    contents: tuple[tuple[str, bytes], ...] = ()  # its own and theirs, with names from its folder, if they are sent along
 
     @classmethod
     def read(
@@ -84,6 +86,14 @@ class Method:
         """What decides a run's result, apart from its number, the data, the recipe and the original."""
         return {"method": self.digest, "config": self.config}
 
+    def packed(self) -> "Method":
+        """The same with its files' contents, for a machine that does not have them."""
+        if not self.path:
+            return self
+        path = self.path.resolve()
+        named = [(str(file.relative_to(path.parent)), file.read_bytes()) for file in (path, *self.files)]
+        return dataclasses.replace(self, contents=tuple(named))
+
     timed: typing.ClassVar[bool] = True  # whether a run's cost can be measured
 
     def networks(
@@ -98,7 +108,7 @@ class Method:
             net = Ensemble(original, len(runs), generators(runs, device))
         else:
             net = copy.deepcopy(original)
-        loaded = _load(self.path.resolve())
+        loaded = _load(_unpacked(self.contents) if self.contents else self.path.resolve())
         if loaded.digest() != self.digest:
             raise Problem(f"{self.path}: it or a file it reads changed while it was being scored; run again")
         examples = {name: getattr(data, name) for name in ("retain", "forget", "validation")}
@@ -298,6 +308,15 @@ class _Loaded:
 
 def _is_presets(statement: ast.stmt) -> bool:
     return isinstance(statement, ast.Assign) and [getattr(target, "id", "") for target in statement.targets] == ["PRESETS"]
+
+
+@functools.cache
+def _unpacked(contents: tuple[tuple[str, bytes], ...]) -> Path:
+    """Write a method's files into a temporary folder, once per process; returns the first, the method's own."""
+    folder = Path(tempfile.mkdtemp()).resolve()
+    for name, content in contents:
+        write_bytes(folder / name, content)
+    return folder / contents[0][0]
 
 
 @functools.cache

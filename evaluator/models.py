@@ -4,6 +4,7 @@ import contextlib
 import difflib
 import functools
 import hashlib
+import io
 import reprlib
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -15,7 +16,7 @@ import torchvision
 from torch import nn
 from torchvision.models import ResNet, get_model, list_models
 
-from evaluator.files import Problem, one_line, write_atomically
+from evaluator.files import Problem, one_line
 
 CLASSIFIERS = list_models(module=torchvision.models)
 
@@ -124,8 +125,11 @@ def plain_state(net: nn.Module) -> dict[str, torch.Tensor]:
     return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in net.state_dict().items()}
 
 
-def save_network(net: nn.Module, path: Path) -> None:
-    write_atomically(path, lambda file: torch.save(plain_state(net), file))
+def checkpoint(net: nn.Module) -> bytes:
+    """What a file of its weights holds."""
+    content = io.BytesIO()
+    torch.save(plain_state(net), content)
+    return content.getvalue()
 
 
 def network_digest(net: nn.Module) -> str:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from evaluator.data import Data, Examples
 from evaluator.ensemble import Ensemble
-from evaluator.files import Problem, read_json, write_atomically, write_json
+from evaluator.files import Problem, read_json, write_atomically, write_bytes, write_json
 from evaluator.metric import logit_scaled_confidence
 
 FORMAT = 2  # raise it when the same inputs would give different runs, or different values of a run are kept
@@ -35,7 +35,7 @@ class Pool:
         self.folder = folder / hashlib.sha256(text).hexdigest()[:12]
         self.made_from = self.folder / "made_from.json"
         if not self.made_from.is_file() or self.made_from.read_bytes() != text:
-            write_atomically(self.made_from, lambda file: file.write(text))
+            write_bytes(self.made_from, text)
 
     def path(self, run: int) -> Path:
         return self.folder / f"run_{run:05d}.npz"

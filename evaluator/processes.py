@@ -14,10 +14,11 @@ import signal
 import sys
 import threading
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from itertools import islice
+from multiprocessing.queues import SimpleQueue
 
 from evaluator.files import Problem
 
@@ -34,15 +35,22 @@ def start_server() -> None:
         forkserver.ensure_running()
 
 
-def in_processes(job: Callable, tasks: list, processes: int, name: Callable[[object], str]) -> Iterator:
+def in_processes(
+    job: Callable, tasks: list, processes: int, name: Callable[[object], str], gpus: Sequence[str] = ()
+) -> Iterator:
     """Yield job(task) for every task, in the order they finish, from up to `processes` new processes.
 
-    job: sent to each process once, pickled. name: says what a task is, for messages.
+    job: sent to each process once, pickled. name: says what a task is, for messages. gpus: as CUDA_VISIBLE_DEVICES names
+    them; each process sees one of them, in turn.
     Raises what a job raises, and Problem when a process ends during a task. All processes are ended in any case.
     """
     start_server()
     context = multiprocessing.get_context("forkserver" if FORKSERVER else "spawn")
-    executor = ProcessPoolExecutor(max(1, min(processes, len(tasks))), context, _start, (pickle.dumps(job),))
+    processes = max(1, min(processes, len(tasks)))
+    visible = context.SimpleQueue()
+    for number in range(processes if gpus else 0):
+        visible.put(gpus[number % len(gpus)])
+    executor = ProcessPoolExecutor(processes, context, _start, (pickle.dumps(job), visible))
     ahead, doing = iter(tasks), {}
 
     def submit(count: int) -> None:
@@ -97,9 +105,11 @@ def _without_main() -> Iterator[None]:
 # In the new process.
 
 
-def _start(sent: bytes) -> None:
+def _start(sent: bytes, visible: SimpleQueue) -> None:
     global _sent
     _sent = sent
+    if not visible.empty():  # one for each process, or none at all
+        os.environ["CUDA_VISIBLE_DEVICES"] = visible.get()  # CUDA reads it when it is first used
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the evaluator ends its workers itself
     threading.Thread(target=_end_with_the_evaluator, daemon=True).start()
 

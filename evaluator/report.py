@@ -27,7 +27,7 @@ from torch import Tensor
 from evaluator import scoring
 from evaluator.data import Data
 from evaluator.evaluation import HERE, Evaluation, checksum
-from evaluator.files import Problem, read_json, write_atomically
+from evaluator.files import Problem, read_json, write_bytes
 from evaluator.method import NO_UNLEARNING, RESERVED
 from evaluator.metric import BIN_WIDTH, earned, forgetting_quality
 from evaluator.models import network_digest
@@ -431,7 +431,7 @@ def write_page(evaluation: Evaluation, ceiling: dict | None = None) -> Path:
         scoring=scoring.VERSION,
     )
     path = evaluation.results / "report.html"
-    write_atomically(path, lambda file: file.write(page.encode()))
+    write_bytes(path, page.encode())
     return path
 
 

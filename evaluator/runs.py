@@ -2,27 +2,33 @@
 
 import contextlib
 import dataclasses
+import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+import joblib
 import numpy as np
+import torch
 from torch import nn
 
+from evaluator import cluster
 from evaluator.checkpoints import Checkpoints
 from evaluator.data import Data
-from evaluator.files import Problem, one_line
+from evaluator.files import Problem, one_line, write_bytes
 from evaluator.method import NO_UNLEARNING, Diverged, Method, run_names
-from evaluator.models import network_digest, save_network
+from evaluator.models import checkpoint, network_digest
 from evaluator.pool import Pool, answers
-from evaluator.processes import in_process, in_processes
+from evaluator.processes import in_processes
 from evaluator.progress import progress
 from evaluator.training import Recipe, one_thread, retrain, seconds_of_retraining
 
 # Unlearning runs use their numbers as seeds; those of the retrained networks start far beyond any run number.
 FIRST_SEED = {"retrained": 1_000_000, "retrained_again": 2_000_000}
+
+Made = tuple[int, dict[str, np.ndarray], bytes | None]  # a run, what it answered, its checkpoint if that is kept
 
 
 @dataclass(frozen=True)
@@ -31,7 +37,9 @@ class Setting:
 
     results: Path
     jobs: int
-    device: str = "cpu"
+    device: str = "cpu"  # of the runs
+    own_device: str = "cpu"  # of this process, which is another one if the runs are made on a cluster
+    dask: str | None = None  # the address of a scheduler whose workers make the runs
     time_limit: float | None = None  # seconds per run
     keep_networks: bool = False
 
@@ -67,14 +75,20 @@ def unlearned_pools(
     named: bool = False,
 ) -> list[Pool]:
     """The pools of a method on several forget sets of one data folder, made side by side. named: errors name the split."""
+    if setting.dask and isinstance(method, Checkpoints):  # their zip is too large to be sent
+        setting = dataclasses.replace(setting, dask=None, device=setting.own_device, jobs=joblib.cpu_count())
+    elif setting.dask:
+        method = method.packed()
     works = []
     for data in sets:
         made_from = _made_from("unlearned", data, recipe) | {"original": network_digest(original), **method.made_from}
         pool = Pool(setting.results_of(data, method.name), made_from)
         works.append(_Unlearning(setting, pool, data, recipe, original, method))
-        if method is NO_UNLEARNING and pool.missing(range(runs)):  # every run is the original: evaluate it once
+        missing = pool.missing(range(runs))
+        if method is NO_UNLEARNING and missing:  # every run is the original: evaluate it once
             with one_thread():
-                _keep(setting, pool, pool.missing(range(runs)), original.to(setting.device), 0.0, works[-1].here)
+                here = data.to(setting.own_device)
+                _keep(pool, _left(setting, pool, missing, original.to(setting.own_device), 0.0, here))
     _work_through(works, range(runs), recipe.networks_at_once if method.ensemble else 1, str(method.path), named)
     return [work.pool for work in works]
 
@@ -86,18 +100,42 @@ def cost(
     measured now, the retraining for `at_most` seconds: a machine's speed changes within minutes, the ratio does not."""
     if method is NO_UNLEARNING:
         return 0.0
-    alone = _Alone(setting, data, recipe, original, method)
-    seconds = in_process(alone, repeats, f"{method.path}: a run alone")
-    return seconds / seconds_of_retraining(data.to(setting.device), recipe, at_most)
+    alone = _Alone(setting, data, recipe, original, method.packed() if setting.dask else method, at_most)
+    return _elsewhere(setting, alone, repeats, f"{method.path}: a run alone")
+
+
+def retraining_seconds(setting: Setting, data: Data, recipe: Recipe) -> float:
+    """The seconds of one retraining, alone on one thread."""
+    return _elsewhere(setting, _RetrainingAlone(setting, data, recipe), 10.0, "a retraining alone")
 
 
 def _made_from(kind: str, data: Data, recipe: Recipe) -> dict:
     return {"kind": kind, "data": data.digest, "recipe": recipe.made_from}
 
 
+def _each(setting: Setting, job: Callable, tasks: list, name: Callable[[object], str]) -> Iterator:
+    """Yield job(task) for every task, in the order they finish: here, on all GPUs, or on a cluster."""
+    if setting.dask:
+        return cluster.on_workers(job, tasks, setting.dask, name)
+    return in_processes(job, tasks, setting.jobs, name, gpus() if setting.device == "cuda" else ())
+
+
+def _elsewhere(setting: Setting, job: Callable, task: object, name: str) -> object:
+    """job(task), where the runs are made and alone in its process."""
+    with contextlib.closing(_each(setting, job, [task], lambda _: name)) as outcomes:
+        return next(outcomes)
+
+
+def gpus() -> list[str]:
+    """This machine's GPUs, or those that CUDA_VISIBLE_DEVICES leaves, as it names them."""
+    return list(filter(None, os.environ.get("CUDA_VISIBLE_DEVICES", "").split(","))) or [
+        str(number) for number in range(torch.cuda.device_count())
+    ]
+
+
 @dataclass(frozen=True)
 class _Work:
-    """Sent to each new process once, and called there with the runs to make together."""
+    """Sent to each new process once, and called there with the runs to make together; returns what `_left` does."""
 
     setting: Setting
     pool: Pool
@@ -113,11 +151,11 @@ class _Work:
 class _Retraining(_Work):
     kind: str
 
-    def __call__(self, task: list[int]) -> int:
+    def __call__(self, task: list[int]) -> list[Made]:
         with one_thread():
             start = time.perf_counter()
             ensemble = retrain(self.here, self.recipe, [FIRST_SEED[self.kind] + run for run in task])
-            return _keep(self.setting, self.pool, task, ensemble, time.perf_counter() - start, self.here)
+            return _left(self.setting, self.pool, task, ensemble, time.perf_counter() - start, self.here)
 
 
 @dataclass(frozen=True)
@@ -125,12 +163,12 @@ class _Unlearning(_Work):
     original: nn.Module
     method: Method | Checkpoints
 
-    def __call__(self, task: list[int]) -> int:
+    def __call__(self, task: list[int]) -> list[Made]:
         with one_thread():
             original = self.original.to(self.setting.device)
             net, seconds = self.method.networks(original, task, self.here, self.recipe, self.setting.time_limit)
             try:
-                return _keep(self.setting, self.pool, task, net, seconds, self.here)
+                return _left(self.setting, self.pool, task, net, seconds, self.here)
             except Problem:
                 raise
             except Exception as error:
@@ -140,24 +178,35 @@ class _Unlearning(_Work):
 
 @dataclass(frozen=True)
 class _Alone:
-    """Measures the median seconds of a few runs of a method, one network at a time."""
+    """Measures the median seconds of a few runs of a method, one network at a time, as a share of a retraining's."""
 
     setting: Setting
     data: Data
     recipe: Recipe
     original: nn.Module
     method: Method
+    at_most: float  # seconds of retraining
 
     def __call__(self, repeats: int) -> float:
         data, original = self.data.to(self.setting.device), self.original.to(self.setting.device)
         alone = dataclasses.replace(self.recipe, networks_at_once=1)
-        seconds = []
+        retraining, seconds = seconds_of_retraining(data, self.recipe, self.at_most), []
         with one_thread():
             for run in range(repeats):
                 seconds.append(self.method.networks(original, [run], data, alone, self.setting.time_limit)[1])
                 if seconds[0] > 10:
                     break
-        return float(np.median(seconds))
+        return float(np.median(seconds)) / retraining
+
+
+@dataclass(frozen=True)
+class _RetrainingAlone:
+    setting: Setting
+    data: Data
+    recipe: Recipe
+
+    def __call__(self, at_most: float) -> float:
+        return seconds_of_retraining(self.data.to(self.setting.device), self.recipe, at_most)
 
 
 @dataclass(frozen=True)
@@ -167,10 +216,10 @@ class _Together:
     works: list[_Work]
     named: bool
 
-    def __call__(self, task: tuple[int, list[int]]) -> int:
+    def __call__(self, task: tuple[int, list[int]]) -> tuple[int, list[Made]]:
         which, runs = task
         try:
-            return self.works[which](runs)
+            return which, self.works[which](runs)
         except Problem as problem:
             if not self.named:
                 raise
@@ -190,15 +239,19 @@ def _work_through(works: list[_Work], runs: range, size: int, what: str, named: 
     if not tasks:
         return
     job = _Together(works, named)
-    outcomes = in_processes(job, tasks, works[0].setting.jobs, lambda task: f"{what}: {run_names(task[1])}")
+    outcomes = _each(works[0].setting, job, tasks, lambda task: f"{what}: {run_names(task[1])}")
     with progress(Path(what).stem, size * len(tasks), "run") as bar, contextlib.closing(outcomes):
-        for made in outcomes:
-            bar.update(made)
+        for which, made in outcomes:
+            _keep(works[which].pool, made)
+            bar.update(len(made))
 
 
-def _keep(setting: Setting, pool: Pool, task: list[int], net: nn.Module, seconds: float, data: Data) -> int:
-    """Save the answers of the networks of some runs; a single network stands for all of them. Returns the number of runs."""
-    asked = answers(net, data)
+def _left(setting: Setting, pool: Pool, task: list[int], net: nn.Module, seconds: float, data: Data) -> list[Made]:
+    """What is to be kept of the networks of some runs; a single network stands for all of them.
+
+    Raises Diverged when an answer is not finite.
+    """
+    asked, made = answers(net, data), []
     for k, run in enumerate(task):
         values = {name: value[k % len(value)] for name, value in asked.items()}
         for name, value in values.items():
@@ -206,7 +259,14 @@ def _keep(setting: Setting, pool: Pool, task: list[int], net: nn.Module, seconds
                 raise Diverged(
                     f"{pool.folder.parent.name}: run {run}: {name} holds a value that is not finite; the run is not kept"
                 )
-        if setting.keep_networks:
-            save_network(getattr(net, "members", [net] * len(task))[k], pool.network_path(run))
-        pool.save(run, values | {"seconds": np.array(seconds / len(task))})
-    return len(task)
+        network = checkpoint(getattr(net, "members", [net] * len(task))[k]) if setting.keep_networks else None
+        made.append((run, values | {"seconds": np.array(seconds / len(task))}, network))
+    return made
+
+
+def _keep(pool: Pool, made: list[Made]) -> None:
+    """Write runs into their pool: this process alone writes results, wherever they were made."""
+    for run, values, network in made:
+        if network is not None:
+            write_bytes(pool.network_path(run), network)
+        pool.save(run, values)

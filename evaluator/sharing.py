@@ -19,14 +19,13 @@ import zlib
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 from torch import nn
 
 from evaluator.evaluation import MOST_RUNS, Evaluation
-from evaluator.files import Problem, one_line, read_json, write_atomically
+from evaluator.files import Problem, one_line, read_json, write_atomically, write_bytes
 from evaluator.models import load_network, network_digest
 from evaluator.pool import RETAIN_CONFIDENCES, Pool, read_run
 from evaluator.runs import retrained_pool
@@ -133,7 +132,7 @@ def _import(parcel: "_Parcel", evaluation_of: Callable[[str], Evaluation]) -> tu
             for run in new:
                 weights = parcel.weights(evaluation, run)
                 if weights is not None:
-                    write_atomically(pool.network_path(run), partial(_put, weights))
+                    write_bytes(pool.network_path(run), weights)
                 pool.save(run, parcel.run(evaluation, run))
             there = [run for run in parcel.runs[evaluation.data.split] if run not in new]
             found.append(Imported(evaluation, new, there))
@@ -148,10 +147,6 @@ def spans(numbers: list[int]) -> str:
     return ", ".join(parts) or "none"
 
 
-def _put(content: bytes, file) -> None:
-    file.write(content)
-
-
 def _take_original(parcel: "_Parcel", evaluation: Evaluation) -> str:
     """Write the file's original into the data folder if there is none. Returns what was done, in words."""
     path = original_path(evaluation.data, evaluation.recipe)
@@ -161,8 +156,8 @@ def _take_original(parcel: "_Parcel", evaluation: Evaluation) -> str:
         same = network_digest(evaluation.original()) == network_digest(theirs)
         return f"{path} is the same" if same else f"{path} is another one and stays; delete it and import again for theirs"
     if note is not None:
-        write_atomically(original_note(path), partial(_put, note))
-    write_atomically(path, partial(_put, content))
+        write_bytes(original_note(path), note)
+    write_bytes(path, content)
     return f"{path} was written"
 
 

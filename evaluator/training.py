@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import hashlib
-import io
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -16,8 +15,8 @@ from torch.nn import functional as F
 
 from evaluator.data import BOOLEAN, Allowed, Data, Examples, Loader, check, integer, number, one_of, say
 from evaluator.ensemble import Ensemble, obstacle
-from evaluator.files import Problem, read_json, write_atomically, write_json
-from evaluator.models import initialise, is_resnet, load_network, network, plain_state, seeded, trial
+from evaluator.files import Problem, read_json, write_bytes, write_json
+from evaluator.models import checkpoint, initialise, is_resnet, load_network, network, seeded, trial
 from evaluator.progress import progress
 
 ORIGINAL_SEED = 0
@@ -212,12 +211,11 @@ def train_original(data: Data, recipe: Recipe) -> None:
                 bar.update()
     if not all(tensor.isfinite().all() for tensor in net.state_dict().values()):
         raise Problem(f"{path}: its training diverged: give the recipe another learning_rate than {recipe.learning_rate:g}")
-    content = io.BytesIO()
-    torch.save(plain_state(net), content)
+    content = checkpoint(net)
     # The note is written first, with a hash of this content: a file without its own note is never taken for ours.
-    digest = hashlib.sha256(content.getvalue()).hexdigest()
+    digest = hashlib.sha256(content).hexdigest()
     write_json(original_note(path), {"sha256": digest} | _original_made_from(data, recipe))
-    write_atomically(path, lambda file: file.write(content.getvalue()))
+    write_bytes(path, content)
 
 
 def original_is_given(data: Data, recipe: Recipe) -> bool:

@@ -7,7 +7,10 @@ import contextlib
 import copy
 import dataclasses
 import linecache
+import os
+import time
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,7 +20,7 @@ from pretend_gpu import PretendGPU
 from torch import nn
 from torch.nn import functional as F
 
-from evaluator import why
+from evaluator import runs, why
 from evaluator.attacks import ATTACKS
 from evaluator.data import Data, Loader, load
 from evaluator.ensemble import Ensemble
@@ -25,6 +28,7 @@ from evaluator.evaluation import HERE
 from evaluator.method import Diverged, Method
 from evaluator.metric import best_attacks, epsilons, forgetting_quality, logit_scaled_confidence
 from evaluator.pool import answers
+from evaluator.processes import in_processes
 from evaluator.training import Recipe, generators, retrain
 
 linecache.getlines(__file__)  # torch.manual_seed() reads its callers' source once: a method that reads a file is refused
@@ -192,3 +196,27 @@ def test_forgetting_quality(sides):
     with PretendGPU():
         there = epsilons(*(side.to("cuda") for side in sides))
         assert forgetting_quality(there, 32) == forgetting_quality(epsilons(*sides), 32)
+
+
+class _Sees:
+    """Waits until another process has a task too."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def __call__(self, task: int) -> str | None:
+        (self.folder / str(os.getpid())).touch()
+        end = time.monotonic() + 20
+        while len(list(self.folder.iterdir())) < 3 and time.monotonic() < end:
+            time.sleep(0.01)
+        return os.environ.get("CUDA_VISIBLE_DEVICES")
+
+
+def test_each_process_sees_one_gpu(tmp_path, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,GPU-6")
+    assert runs.gpus() == ["5", "GPU-6"]
+    seen = list(in_processes(_Sees(tmp_path), [0, 1, 2], 3, str, runs.gpus()))
+    assert sorted(seen) == ["5", "5", "GPU-6"]
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert runs.gpus() == ["0", "1"]

@@ -11,7 +11,7 @@ import torchvision
 from torch import nn
 
 from evaluator.files import Problem
-from evaluator.models import initialise, load_network, resnet18, save_network
+from evaluator.models import checkpoint, initialise, load_network, resnet18
 
 TORCHVISION = torchvision.models.resnet18(num_classes=10)
 
@@ -100,11 +100,12 @@ def refused(path: Path, content=None) -> str:
 
 def test_saved_networks_come_back(tmp_path):
     net, other = small(), small()
-    save_network(net.to(memory_format=torch.channels_last), tmp_path / "deep" / "net.pth")
-    load_network(other, tmp_path / "deep" / "net.pth")
+    path = tmp_path / "net.pth"
+    path.write_bytes(checkpoint(net.to(memory_format=torch.channels_last)))
+    load_network(other, path)
     for name, tensor in net.state_dict().items():
         assert torch.equal(other.state_dict()[name], tensor)
-    state = torch.load(tmp_path / "deep" / "net.pth", weights_only=True)
+    state = torch.load(path, weights_only=True)
     assert list(state) == list(net.state_dict()) and all(tensor.is_contiguous() for tensor in state.values())
 
 
@@ -146,8 +147,7 @@ def test_a_file_that_is_not_there(tmp_path):
 @pytest.mark.parametrize("share", [0, 0.01, 0.5, 0.9, 0.999])
 def test_a_file_that_was_cut_off(tmp_path, share):
     path = tmp_path / "net.pth"
-    save_network(small(), path)
-    content = path.read_bytes()
+    content = checkpoint(small())
     path.write_bytes(content[: int(share * len(content))])
     refused(path)
     refused(path, io.BytesIO(path.read_bytes()))

@@ -1,0 +1,259 @@
+"""The same commands on a Dask cluster: scheduler and workers are processes of their own."""
+
+import contextlib
+import gc
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import evaluate_helpers
+import pytest
+from evaluate_helpers import FINETUNE, METHOD, ROOT, bad, kept, refused
+
+import evaluate
+from evaluator import cluster
+from evaluator.files import Problem
+
+dask = pytest.importorskip("dask")
+distributed = pytest.importorskip("distributed")
+SLOW = "from pathlib import Path\nimport os, time\n" + METHOD.replace(
+    "    with torch", "    time.sleep(1)\n    with torch", 1
+)
+
+
+class Cluster:
+    """A scheduler and workers, started as their users would: by the dask command."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.processes = folder, {}
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        self.address = f"tcp://127.0.0.1:{port}"
+        self.start("scheduler", "--host", "127.0.0.1", "--port", str(port), "--no-dashboard")
+
+    def start(self, what: str, *arguments: str, cwd: Path = ROOT, name: str | None = None) -> None:
+        command = [sys.executable, "-m", "dask", what, *arguments]
+        environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+        with (self.folder / f"{name or what}.log").open("w") as log:
+            started = subprocess.Popen(
+                command, cwd=cwd, env=environment, stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True
+            )
+        self.processes[name or what] = started
+
+    def worker(self, name: str, cwd: Path = ROOT, *arguments: str) -> None:
+        self.start("worker", self.address, "--nthreads", "1", "--no-dashboard", *arguments, cwd=cwd, name=name)
+
+    def kill(self, name: str) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.processes[name].pid, signal.SIGKILL)
+        self.processes.pop(name).wait()
+
+    def client(self):
+        return distributed.Client(self.address, set_as_default=False)
+
+    def wait_for(self, workers: int) -> None:
+        with self.client() as client:
+            client.wait_for_workers(workers, timeout=60)
+
+
+def forget_clients() -> None:
+    """Dask may wait for itself for ever if a client is collected while another one connects."""
+    cluster._client.cache_clear()
+    gc.collect()
+
+
+@contextlib.contextmanager
+def started(folder: Path, workers: int):
+    made = Cluster(folder)
+    try:
+        for number in range(workers):
+            made.worker(f"worker {number}")
+        if workers:
+            made.wait_for(workers)
+        yield made
+    finally:
+        forget_clients()
+        for name in list(made.processes):
+            made.kill(name)
+
+
+@pytest.fixture(scope="module")
+def two_workers(tmp_path_factory):
+    with started(tmp_path_factory.mktemp("cluster"), 2) as made:
+        yield made
+
+
+@pytest.fixture
+def method(tmp_path) -> Path:
+    """One network per run, with a module beside it that no worker has."""
+    (tmp_path / "beside.py").write_text("NOISE = 0.02\n")
+    path = tmp_path / "noisy.py"
+    path.write_text(METHOD.replace("import torch\n", "import beside\nimport torch\n", 1).replace("= 0.02", "= beside.NOISE"))
+    return path
+
+
+def run(address: str, data: Path, results: Path, *arguments, runs: int = 12) -> int:
+    common = ["--data", data, "--results", results, "--runs", runs, "--device", "cpu", "--dask", address]
+    return evaluate.main([str(argument) for argument in [*arguments, *common]])
+
+
+def in_background(address: str, data: Path, results: Path, *arguments, runs: int = 12) -> subprocess.Popen:
+    common = ["--data", data, "--results", results, "--runs", runs, "--device", "cpu", "--dask", address]
+    command = [sys.executable, ROOT / "evaluate.py", *arguments, *common]
+    return subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def done(results: Path) -> dict[Path, int]:
+    return {path: when for path, when in evaluate_helpers.times(results).items() if "slow" in path.parts}
+
+
+def wait_until(true, seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.1)
+
+
+def test_the_same_as_on_one_machine(two_workers, data, method, tmp_path):
+    here, there = tmp_path / "here", tmp_path / "there"
+    assert evaluate_helpers.run(data, here, method, FINETUNE, runs=12) == 0
+    assert run(two_workers.address, data, there, method, FINETUNE) == 0
+    assert kept(there) == kept(here)
+    assert len(list(there.rglob("run_*.npz"))) == 3 * 12
+
+
+def test_weights_come_back_too(two_workers, data, tmp_path):
+    assert run(two_workers.address, data, tmp_path, FINETUNE, "--keep-networks", runs=4) == 0
+    assert len(list(tmp_path.rglob("network_*.pth"))) == 2 * 4
+
+
+def test_a_worker_that_joins_late_gets_work_and_does_that_of_one_killed(tmp_path, data, results):
+    slow, here = tmp_path / "slow.py", tmp_path / "here"
+    slow.write_text(SLOW)
+    shutil.copytree(results, here)
+    with started(tmp_path, 1) as made:
+        working = in_background(made.address, data, results, slow, runs=16)
+        wait_until(lambda: done(results))
+        made.worker("late")
+        made.wait_for(2)
+        with made.client() as client:
+            wait_until(lambda: all(client.processing().values()))  # both have tasks
+        assert len(done(results)) < 15
+        made.kill("worker 0")
+        _, errors = working.communicate(timeout=180)
+    assert working.returncode == 0, errors
+    assert re.search(r"slow: +\d+%.*/16", errors)  # progress as on one machine
+    assert evaluate_helpers.run(data, here, slow, runs=16, jobs=2) == 0
+    assert kept(results) == kept(here)
+
+
+def test_a_lost_scheduler(tmp_path, data, results, monkeypatch):
+    monkeypatch.setenv("DASK_DISTRIBUTED__COMM__TIMEOUTS__CONNECT", "3s")
+    slow = tmp_path / "slow.py"
+    slow.write_text(SLOW)
+    with started(tmp_path, 1) as made:
+        working = in_background(made.address, data, results, slow)
+        wait_until(lambda: done(results))
+        made.kill("scheduler")
+        _, errors = working.communicate(timeout=180)
+    assert working.returncode == 1
+    line = errors.rstrip("\n").splitlines()[-1]
+    assert re.match(r"error: tcp://\S+: the scheduler or the data sent to it were lost .*the same command goes on$", line)
+    assert "Traceback" not in errors
+    before = done(results)
+    assert len(before) < 12
+    with started(tmp_path, 1) as made:
+        assert run(made.address, data, results, slow) == 0
+    now = done(results)
+    assert len(now) == 12 and before.items() <= now.items()
+
+
+def test_no_scheduler(data, tmp_path, capsys):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"tcp://127.0.0.1:{free.getsockname()[1]}"
+    with dask.config.set({"distributed.comm.timeouts.connect": "0.5s"}):
+        for odd in (address, "nonsense", "http://127.0.0.1:1", "tcp://127.0.0.1:notaport", "tcp://"):
+            line = refused(capsys, run(odd, data, tmp_path, FINETUNE))
+            assert line.startswith(f"error: --dask {odd}: no scheduler answers there")
+            forget_clients()
+
+
+def test_no_worker(data, tmp_path, capsys):
+    with started(tmp_path, 0) as made, dask.config.set({"distributed.comm.timeouts.connect": "5s"}):
+        line = refused(capsys, run(made.address, data, tmp_path / "results", FINETUNE))
+    assert f"--dask {made.address}: the scheduler has no worker" in line
+
+
+def test_workers_that_differ(tmp_path, data, results, capsys):
+    other, nothing, slow = tmp_path / "other", tmp_path / "nothing", tmp_path / "slow.py"
+    shutil.copytree(ROOT / "evaluator", other / "evaluator")
+    with (other / "evaluator" / "metric.py").open("a") as file:
+        file.write("# edited\n")
+    nothing.mkdir()
+    slow.write_text(SLOW)
+    differs = r"error: worker tcp://\S+: the kit is \w+, here \w+: give it the same, or stop it"
+    with started(tmp_path, 1) as made:
+        working = in_background(made.address, data, results, slow, runs=16)
+        wait_until(lambda: done(results))
+        made.worker("other", other)
+        _, errors = working.communicate(timeout=180)
+        assert working.returncode == 1 and re.match(differs, errors.splitlines()[-1])
+        assert re.match(differs, refused(capsys, run(made.address, data, results, FINETUNE)))
+        made.kill("other")
+        made.worker("without", nothing)
+        made.wait_for(2)
+        line = refused(capsys, run(made.address, data, results, FINETUNE))
+        assert re.search(r"worker tcp://\S+: No module named 'evaluator'[:;] start it in the kit's folder", line)
+
+
+def test_what_goes_wrong_in_a_method_names_the_worker(two_workers, data, results, tmp_path, capsys):
+    line = refused(capsys, run(two_workers.address, data, results, bad(tmp_path, "raise ValueError('no')"), runs=4))
+    assert re.search(r"bad.py: run \d: unlearning\(\) raised ValueError: no \(line 5\) \(on worker tcp://", line)
+    line = refused(capsys, run(two_workers.address, data, results, bad(tmp_path, "import os\nos._exit(3)"), runs=4))
+    assert re.search(r"bad.py: run \d: the process ended on its own, with exit code 3", line)
+    diverges = bad(tmp_path, "next(net.parameters()).data.fill_(float('nan'))\nnet.eval()")
+    assert "left NaN" in refused(capsys, run(two_workers.address, data, results, diverges, runs=4))
+
+
+def test_a_method_whose_imports_a_worker_lacks(two_workers, data, results, tmp_path, capsys, monkeypatch):
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "only_here.py").write_text("")
+    monkeypatch.setenv("PYTHONPATH", str(elsewhere))
+    monkeypatch.syspath_prepend(str(elsewhere))
+    file = tmp_path / "imports.py"
+    file.write_text("import only_here\n" + METHOD)
+    line = refused(capsys, run(two_workers.address, data, results, file, runs=4))
+    assert "No module named 'only_here'" in line and "on worker tcp://" in line
+
+
+def test_jobs_are_the_workers_own_matter(two_workers, data, tmp_path, capsys):
+    assert "--jobs 2: the workers of --dask say themselves" in refused(
+        capsys, run(two_workers.address, data, tmp_path, FINETUNE, "--jobs", "2")
+    )
+
+
+def test_an_interruption_leaves_no_task(two_workers, data, results, tmp_path):
+    slow = tmp_path / "slow.py"
+    slow.write_text(SLOW)
+    working = in_background(two_workers.address, data, results, slow, runs=16)
+    wait_until(lambda: done(results))
+    working.send_signal(signal.SIGINT)
+    _, errors = working.communicate(timeout=60)
+    assert working.returncode == 130 and "the same command resumes from there" in errors
+    with two_workers.client() as client:
+        wait_until(lambda: not any(client.processing().values()), 20)
+
+
+def test_without_dask(monkeypatch):
+    monkeypatch.setitem(sys.modules, "distributed", None)
+    with pytest.raises(Problem, match="--dask needs Dask: pip install distributed"):
+        cluster._client("tcp://127.0.0.1:1")
