@@ -20,7 +20,7 @@ import jupytext
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
-from evaluator.files import Problem, write_atomically
+from evaluator.files import Problem, write_bytes
 
 NOTEBOOKS = ("submission", "tuning", "evaluation")
 
@@ -88,7 +88,7 @@ def write(name: str, force: bool = False) -> Path:
         return path
     if path.exists() and edited(path) and not force:
         raise Problem(f"{path}: was edited by hand; python notebooks/build.py --force replaces it and loses the edits")
-    write_atomically(path, lambda file: file.write(text.encode()))
+    write_bytes(path, text.encode())
     print(f"wrote {path}")
     return path
 

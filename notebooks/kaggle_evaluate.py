@@ -44,7 +44,7 @@ from kaggle_command import (
 import evaluate
 from evaluator import command
 from evaluator.evaluation import Evaluation, write_summary
-from evaluator.files import Problem, one_line, read_json, write_atomically, write_json
+from evaluator.files import Problem, one_line, read_json, write_atomically, write_bytes, write_json
 from evaluator.method import Method
 from evaluator.pool import Pool
 from evaluator.runs import retrained_pool, unlearned_pool
@@ -70,7 +70,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def score(args: argparse.Namespace) -> None:
     """Make at Kaggle what is missing here, then evaluate as evaluate.py does."""
-    for name in ("checkpoints", "keep_networks"):
+    for name in ("checkpoints", "keep_networks", "dask"):
         if getattr(args, name):
             raise Problem(f"--{name.replace('_', '-')}: not on Kaggle; use evaluate.py")
     for name in ("kit", "data_set"):
@@ -203,7 +203,7 @@ def stage(folder: Path, data_set: str, title: str, files: Mapping[str, Path]) ->
                 archive.write(path, entry)
 
     write_atomically(folder / f"{folder.name}.zip", pack)
-    put(digest.encode(), note)
+    write_bytes(note, digest.encode())
     return digest
 
 
@@ -215,7 +215,7 @@ def stage_notebook(
     metadata |= {"dataset_sources": [*data_sets], "competition_sources": [], "kernel_sources": [*own]}
     write_json(folder / "kernel-metadata.json", metadata)
     text = build.build("evaluation", parameters="\n".join(f"{name} = {value!r}" for name, value in parameters.items()))
-    put(text.encode(), folder / "evaluation.ipynb")
+    write_bytes(folder / "evaluation.ipynb", text.encode())
 
 
 def stage_data_sets(
@@ -400,7 +400,7 @@ def take_original(entries: zipfile.ZipFile, evaluation: Evaluation, key: str) ->
     path = original_path(evaluation.data, evaluation.recipe)
     for file in (original_note(path), path):  # the note first: without it, the network would count as given
         if not path.exists() and f"data/{key}/{file.name}" in entries.namelist():
-            put(entries.read(f"data/{key}/{file.name}"), file)
+            write_bytes(file, entries.read(f"data/{key}/{file.name}"))
 
 
 def take_results(entries: zipfile.ZipFile, evaluation: Evaluation, methods: Sequence[Method]) -> None:
@@ -411,7 +411,7 @@ def take_results(entries: zipfile.ZipFile, evaluation: Evaluation, methods: Sequ
         for name in entries.namelist():
             file = pool.folder / name.removeprefix(there)
             if name.startswith(there) and OF_A_POOL.fullmatch(name.removeprefix(there)) and not file.exists():
-                put(entries.read(name), file)
+                write_bytes(file, entries.read(name))
     for method, pool in zip(methods, pools[len(kinds(evaluation)) :], strict=False):
         folder, made_of = evaluation.setting.results_of(evaluation.data, method.name), evaluation.made_of(pool, pools[0])
         there = f"results/{folder.relative_to(results).as_posix()}"
@@ -420,12 +420,8 @@ def take_results(entries: zipfile.ZipFile, evaluation: Evaluation, methods: Sequ
         summary = json.loads(entries.read(f"{there}/summary.json"))
         if summary.get("made_of") == made_of and not evaluation.kept(method, made_of):
             (folder / "summary.json").unlink(missing_ok=True)  # a table is never beside a summary it does not belong to
-            put(entries.read(f"{there}/examples.csv"), folder / "examples.csv")
+            write_bytes(folder / "examples.csv", entries.read(f"{there}/examples.csv"))
             write_summary(folder, summary | {"path": str(method.path)})
-
-
-def put(content: bytes, file: Path) -> None:
-    write_atomically(file, lambda out: out.write(content))
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ import build
 import evaluate
 from evaluator import command
 from evaluator.data import Data, Examples, load
-from evaluator.files import Problem, read_json, write_atomically, write_json
+from evaluator.files import Problem, read_json, write_atomically, write_bytes, write_json
 from evaluator.training import Recipe, original_network
 
 # One run at a time, as on Kaggle; a short training, as the network need not be good here.
@@ -65,7 +65,7 @@ def make_input(data: Data, folder: Path, images: int, recipe: dict = RECIPE) -> 
     train = []
     for name, share in shares.items():
         table = _write_images(getattr(data, name), source / "images", max(2, round(share * images)))
-        _write(source / f"{name}.csv", table.to_csv(index=False).encode())
+        write_bytes(source / f"{name}.csv", table.to_csv(index=False).encode())
         train += table.age_group.tolist() if name != "validation" else []
     write_json(source / "age_class_weights.json", {str(label): train.count(label) for label in range(10)})
     shutil.copytree(source, scored)
@@ -86,10 +86,6 @@ def _write_images(examples: Examples, folder: Path, count: int) -> pd.DataFrame:
         write_atomically(folder / f"{image_id.replace('-', '/', 1)}.png", functools.partial(picture.save, format="PNG"))
     labels = {name: getattr(examples, name)[rows].numpy() for name in ("age_group", "age", "person_id")}
     return pd.DataFrame({"image_id": ids, **labels})
-
-
-def _write(path: Path, content: bytes) -> None:
-    write_atomically(path, lambda file: file.write(content))
 
 
 def play(notebook: Path, source: Path, folder: Path, **settings: object) -> Path:
@@ -116,7 +112,7 @@ def play(notebook: Path, source: Path, folder: Path, **settings: object) -> Path
         except nbclient.exceptions.CellExecutionError as error:
             raise Problem(f"{notebook}: {error.evalue or error.ename}") from None
         finally:
-            _write(folder / notebook.name, nbformat.writes(book).encode())
+            write_bytes(folder / notebook.name, nbformat.writes(book).encode())
     return folder / "working"
 
 

@@ -20,7 +20,7 @@ sys.path[:0] = [str(HERE.parent), str(HERE)]
 import build
 from kaggle_command import kaggle, push, push_command, slug, status_command, user_name, wait_for
 
-from evaluator.files import Problem, write_atomically, write_json
+from evaluator.files import Problem, write_bytes, write_json
 
 COMPETITION = "neurips-2023-machine-unlearning"
 ON_KAGGLE = {"torch", "torchvision", "numpy", "pandas", "matplotlib", "PIL", "IPython"}  # what the notebook may import there
@@ -101,7 +101,7 @@ def submit(message: str, staging: Path, seconds: float, dry_run: bool) -> None:
         user = os.environ.get("KAGGLE_USERNAME", "USER")
     kernel = f"{user}/{metadata['id'].partition('/')[2]}"
     write_json(staging / "kernel-metadata.json", metadata | {"id": kernel})
-    write_atomically(staging / metadata["code_file"], lambda file: file.write(notebook.read_bytes()))
+    write_bytes(staging / metadata["code_file"], notebook.read_bytes())
     print(f"{staging}: {', '.join(sorted(path.name for path in staging.iterdir()))}, checked")
 
     def command(version: str) -> list[str]:

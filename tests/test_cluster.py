@@ -59,8 +59,9 @@ class Cluster:
         return distributed.Client(self.address, set_as_default=False)
 
     def wait_for(self, workers: int) -> None:
+        """Until the scheduler knows exactly so many."""
         with self.client() as client:
-            client.wait_for_workers(workers, timeout=60)
+            wait_until(lambda: len(client.nthreads()) == workers)
 
 
 def forget_clients() -> None:
@@ -208,6 +209,7 @@ def test_workers_that_differ(tmp_path, data, results, capsys):
         assert working.returncode == 1 and re.match(differs, errors.splitlines()[-1])
         assert re.match(differs, refused(capsys, run(made.address, data, results, FINETUNE)))
         made.kill("other")
+        made.wait_for(1)
         made.worker("without", nothing)
         made.wait_for(2)
         line = refused(capsys, run(made.address, data, results, FINETUNE))

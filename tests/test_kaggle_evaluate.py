@@ -102,7 +102,7 @@ def test_two_sessions_make_what_would_be_made_at_home(small_digits, stand_in, tm
     def refuse(*_, **__):
         raise AssertionError("nothing is trained here")
 
-    for name in ("in_processes", "in_process", "seconds_of_retraining"):
+    for name in ("in_processes", "seconds_of_retraining"):
         monkeypatch.setattr(f"evaluator.runs.{name}", refuse)
     monkeypatch.setattr(training, "train_original", refuse)
     assert run(data, tmp_path, method) == 0
