@@ -6,6 +6,7 @@ See pretend_gpu.py for what a pretended GPU finds and what it cannot.
 import contextlib
 import copy
 import dataclasses
+import io
 import linecache
 import os
 import time
@@ -15,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from evaluate_helpers import METHOD
 from method_helpers import BATCH, FORGET, RETAIN, VALIDATION, before_each_step
 from pretend_gpu import PretendGPU
 from torch import nn
@@ -27,7 +29,7 @@ from evaluator.ensemble import Ensemble
 from evaluator.evaluation import HERE
 from evaluator.method import Diverged, Method
 from evaluator.metric import best_attacks, epsilons, forgetting_quality, logit_scaled_confidence
-from evaluator.pool import answers
+from evaluator.pool import Pool, answers
 from evaluator.processes import in_processes
 from evaluator.training import Recipe, generators, retrain
 
@@ -161,6 +163,36 @@ def test_methods_stay_on_their_device_and_no_step_waits(path, original, monkeypa
     assert waits.pop("to the CPU", 0) <= len(epochs) + 2  # each epoch for its order
     assert waits.pop("__int__", 0) <= (len(FORGET) + len(RETAIN)) * 2  # toshi_k reads each label once
     assert waits.total() <= len(steps) / 2, waits
+
+
+@pytest.mark.parametrize("kind", ["retrained", "finetune", "one at a time"])
+def test_a_workers_task_gives_what_it_gives_on_the_cpu(kind, small, original, tmp_path):
+    data, recipe = small[0], dataclasses.replace(small[1], networks_at_once=2)
+    # In a folder of its own: whatever this process reads from a method's folder is taken for the method's.
+    path = tmp_path / "method" / "some.py"
+    path.parent.mkdir()
+    alone = METHOD.replace("torch.randn(parameter.shape)", "torch.randn_like(parameter)")
+    path.write_text(alone if kind == "one at a time" else (HERE / "methods" / "finetune.py").read_text())
+    method = Method.read(path)
+
+    def task(device: str) -> list:
+        setting = runs.Setting(tmp_path, 1, device, keep_networks=True)
+        there = setting, Pool(tmp_path / "pool", {}), data, recipe
+        if kind == "retrained":
+            return runs._Retraining(*there, kind)([0, 1])
+        return runs._Unlearning(*there, copy.deepcopy(original), method)([0, 1] if method.ensemble else [1])
+
+    expected = task("cpu")
+    with PretendGPU():
+        found = task("cuda")
+        if kind != "retrained":
+            setting = runs.Setting(tmp_path, 1, "cuda")
+            assert runs._Alone(setting, data, recipe, copy.deepcopy(original), method, 0.1)(1) > 0
+    for (run, values, network), (_, wanted, content) in zip(found, expected, strict=True):
+        for name in values.keys() - {"seconds"}:
+            np.testing.assert_array_equal(values[name], wanted[name], err_msg=f"run {run}: {name}")
+        there, here = (torch.load(io.BytesIO(file), weights_only=True) for file in (network, content))
+        assert all(torch.equal(tensor, here[name]) for name, tensor in there.items())
 
 
 # What can be computed there from confidences.
