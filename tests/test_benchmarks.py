@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import bench, evaluation, ladder, leaderboard, yardsticks
+from benchmarks import bench, evaluation, ladder, leaderboard, profile_training, yardsticks
 from evaluator import forget_sets, tuning
 from evaluator.ensemble import Ensemble
 from evaluator.evaluation import HERE, Evaluation
@@ -249,3 +249,11 @@ def test_operations_are_counted():
     for made, images in ((net, 7), (Ensemble(net, 3), 21)):  # K networks on K batches: K times as many
         work = yardsticks.operations(lambda made=made, images=images: made(torch.ones(images, 3, 6, 6)).sum().backward())
         assert work == images // 7 * (2 * first + 3 * second)
+
+
+def test_the_profile_of_training_accounts_for_all_of_a_step(data, capsys):
+    assert profile_training.main(["--data", str(data)]) == 0
+    said = capsys.readouterr().out
+    shares = [float(share) / 100 for share in re.findall(r"^.*?([-\d.]+)%", said, re.M)]
+    assert shares[-1] == 1 and sum(shares[:-1]) == pytest.approx(1, abs=0.01)
+    assert all(share > 0 for share in shares)
