@@ -9,6 +9,7 @@
 # make leaderboard         all methods with their tuned values, on all private forget sets: results/digits/RESULTS.md
 #                          PAGE=RESULTS.md replaces the kit's own page and docs/leaderboard.png instead
 #                          PUBLISHED=1 takes published values instead of tuned ones: results/<data>/PUBLISHED.md
+# make bench               the kit's speed beside that of its peers, and against the last time: a quarter of an hour
 # make notebook            notebooks/*.ipynb from unlearning.py and their sources
 # make rehearse            Kaggle on this machine: runs the notebook, checks and scores its submission.zip
 # make submit              upload the notebook and submit it; DRY=1 prints the commands instead
@@ -40,7 +41,7 @@ ON := --data $(DATA) $(if $(JOBS),--jobs $(JOBS)) $(if $(DASK),--dask $(DASK))
 READY := $(VENV)/.ready $(if $(wildcard $(DATA)/.),,data/$(DATA)/dataset.json)
 READY_DEV := $(VENV)/.ready-dev $(READY)
 
-.PHONY: data evaluate report tune ladder leaderboard notebook rehearse submit kaggle-evaluate test lint format clean
+.PHONY: data evaluate report tune ladder leaderboard bench notebook rehearse submit kaggle-evaluate test lint format clean
 
 data: $(VENV)/.ready
 	$(RUN) data/prepare.py $(DATA) $(if $(FROM),--from $(FROM))
@@ -59,6 +60,9 @@ ladder: $(READY)
 
 leaderboard: $(READY)
 	$(RUN) -m benchmarks.leaderboard $(ON) --runs $(RUNS) $(if $(PUBLISHED),--published) $(if $(PAGE),--page $(PAGE))
+
+bench: $(READY)
+	$(RUN) -m benchmarks.bench $(ON) --runs $(RUNS)
 
 notebook: $(VENV)/.ready-dev
 	$(RUN) notebooks/build.py

@@ -8,17 +8,25 @@ first evaluation again. Memory is that of all processes together, with shared pa
 
 import argparse
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 from evaluator.evaluation import HERE
 from evaluator.files import Problem
 from evaluator.method import Method
 from evaluator.scoring import processor
+
+
+class Taken(NamedTuple):
+    """What a command took."""
+
+    seconds: float
+    memory: int  # bytes, at its peak; 0 where the system does not say
+    stages: list[str]  # those it reported, with their run times
 
 
 def memory(group: int) -> int:
@@ -34,8 +42,8 @@ def memory(group: int) -> int:
     return total
 
 
-def timed(what: str, *command: str) -> None:
-    """Run a command; print the stages it reports, its run time and its peak memory."""
+def timed(*command: str) -> Taken:
+    """Run one of the kit's scripts. Raises Problem when it fails."""
     with tempfile.TemporaryFile("w+") as said:
         start = time.perf_counter()
         process = subprocess.Popen(
@@ -49,11 +57,24 @@ def timed(what: str, *command: str) -> None:
         said.seek(0)
         lines = said.read().splitlines()
     if process.returncode:
-        sys.exit(f"error: {' '.join(command)}: {lines[-1] if lines else process.returncode}")
-    print(f"{what}: {seconds:.1f} s" + (f", {peak / 2**30:.2f} GB at most" if peak else ""), flush=True)
-    for line in lines:
-        if line.endswith(" s"):
-            print(f"    {line}", flush=True)
+        raise Problem(f"{' '.join(command)}: {lines[-1] if lines else process.returncode}")
+    return Taken(seconds, peak, [line for line in lines if line.endswith(" s")])
+
+
+def prepare(folder: Path) -> Taken:
+    """Make the digits in a folder, without networks."""
+    return timed("data/prepare.py", "digits", "--folder", str(folder / "digits"))
+
+
+def evaluate(folder: Path, runs: int, jobs: int | None, *more: str) -> Taken:
+    """Evaluate what `make evaluate` does, or other methods, on the digits in a folder."""
+    where = ("--data", str(folder / "digits"), "--results", str(folder / "results"), "--runs", str(runs))
+    return timed("evaluate.py", *where, *(("--jobs", str(jobs)) if jobs else ()), *more)
+
+
+def show(what: str, taken: Taken) -> None:
+    print(f"{what}: {taken.seconds:.1f} s" + (f", {taken.memory / 2**30:.2f} GB at most" if taken.memory else ""))
+    print("".join(f"    {line}\n" for line in taken.stages), end="", flush=True)
 
 
 def main() -> None:
@@ -64,20 +85,16 @@ def main() -> None:
     args = parser.parse_args()
     try:
         Method.read(args.another)
+        print(f"{processor()}, {os.cpu_count()} cores, {args.runs} runs", flush=True)
+        with tempfile.TemporaryDirectory() as temporary:
+            folder = Path(temporary)
+            show("data", prepare(folder))
+            show("first evaluation, three methods", evaluate(folder, args.runs, args.jobs))
+            another = evaluate(folder, args.runs, args.jobs, str(args.another), "--tuned")
+            show(f"one more method ({args.another.stem})", another)
+            show("the first again", evaluate(folder, args.runs, args.jobs))
     except Problem as problem:
         sys.exit(f"error: {problem}")
-    print(f"{processor()}, {os.cpu_count()} cores, {args.runs} runs", flush=True)
-    folder = Path(tempfile.mkdtemp())
-    try:
-        data = folder / "digits"
-        common = ["evaluate.py", "--data", str(data), "--results", str(folder / "results"), "--runs", str(args.runs)]
-        common += ["--jobs", str(args.jobs)] if args.jobs else []
-        timed("data", "data/prepare.py", "digits", "--folder", str(data))
-        timed("first evaluation, three methods", *common)
-        timed(f"one more method ({args.another.stem})", *common, str(args.another), "--tuned")
-        timed("the first again", *common)
-    finally:
-        shutil.rmtree(folder)
 
 
 if __name__ == "__main__":

@@ -50,8 +50,11 @@ def splits_asked(args: argparse.Namespace) -> list[str]:
     return splits(data_folder(args.data), args.split)
 
 
-def run(command: Callable[[], None]) -> int:
-    """Run a command; returns its exit code. An error is one line on stderr, and nothing finished is lost."""
+def run(command: Callable[[], None], resumes: bool = True) -> int:
+    """Run a command; returns its exit code. An error is one line on stderr, and nothing finished is lost.
+
+    resumes: whether the same command begins where it was interrupted.
+    """
     stops = {getattr(signal, name): name for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)}
     try:
         before = {number: signal.signal(number, _stop) for number in stops}
@@ -70,7 +73,8 @@ def run(command: Callable[[], None]) -> int:
     except (KeyboardInterrupt, _Stopped) as stop:
         number = stop.args[0] if isinstance(stop, _Stopped) else signal.SIGINT
         how = f"stopped by {stops[number]}" if number in stops else "interrupted"
-        print(f"\n{how}; what was finished is kept, and the same command resumes from there", file=sys.stderr)
+        then = "what was finished is kept, and the same command resumes from there" if resumes else "nothing was kept"
+        print(f"\n{how}; {then}", file=sys.stderr)
         return 128 + number
     finally:
         for number, handler in before.items():

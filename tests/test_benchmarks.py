@@ -1,4 +1,4 @@
-"""The ladder and the leaderboard with few runs; what they write is what was scored."""
+"""The ladder, the leaderboard and the speed with few runs; what they write is what was scored, or measured."""
 
 import json
 import re
@@ -6,14 +6,19 @@ import shutil
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import pandas as pd
 import pytest
+import torch
+from torch import nn
 
-from benchmarks import ladder, leaderboard
+from benchmarks import bench, evaluation, ladder, leaderboard, profile_training, yardsticks
 from evaluator import forget_sets, tuning
+from evaluator.ensemble import Ensemble
 from evaluator.evaluation import HERE, Evaluation
 from evaluator.files import Problem, write_json
 from evaluator.method import NO_UNLEARNING, Method
+from evaluator.metric import epsilons
 
 
 def test_every_row_of_the_ladder(data, results):
@@ -181,3 +186,74 @@ def test_how_well_one_set_ranks_the_methods():
     # Each of the first two against (2, 1.5, 2.5), the third against (1, 2, 3).
     assert leaderboard.agreement(pd.concat(tables)) == "-0.50 to 0.50, 0.17 on average"
     assert leaderboard.agreement(tables[0]) == "there is one forget set only"
+
+
+@pytest.fixture
+def quick(data, tmp_path, monkeypatch) -> list[str]:
+    """Arguments of a benchmark that takes seconds."""
+    monkeypatch.setattr(bench, "TURNS", 1)
+    monkeypatch.setattr(bench, "SECONDS", 0.01)
+    monkeypatch.setattr(bench, "EXAMPLES", 2)
+    monkeypatch.setattr(evaluation, "timed", lambda *command: evaluation.Taken(200.0, 2**30, []))
+    return ["--data", str(data), "--runs", "4", "--jobs", "1", "--results", str(tmp_path / "results")]
+
+
+def test_the_speed_is_shown_and_kept(quick, tmp_path, monkeypatch, capsys):
+    assert bench.main(quick) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert f"torch {torch.__version__}, numpy {np.__version__}" in said[0]
+    assert said[1].split() == ["what", "figure", "peer", "its", "figure", "ratio", "of", "peak", "faster"]
+    assert "a first evaluation of the digits, N = 4" in said[-2] and "200 s" in said[-2]
+    line = json.loads((tmp_path / "results" / "bench.jsonl").read_text())
+    rows = pd.DataFrame(line["rows"])
+    assert (line["runs"], line["jobs"], len(rows)) == (4, 1, len(said) - 2)
+    assert (rows.figure > 0).all() and rows.of_peak.dropna().between(0, 1).all()
+    first = rows[rows.unit == "images/s"].iloc[0]
+    ratio = next(text for text in said if "images/s" in text).split(" x ")[0].split()[-1]
+    assert float(ratio) == pytest.approx(first.figure / first.peer_figure, rel=0.01)
+
+    monkeypatch.setattr(evaluation, "timed", lambda *command: evaluation.Taken(160.0, 2**30, []))
+    assert bench.main([*quick, "--only", "evaluation"]) == 0
+    assert capsys.readouterr().out.splitlines()[-2].endswith(" +25%")  # 200 s before
+    assert bench.main([*quick, "--only", "evaluation", "--jobs", "2"]) == 0
+    assert "%" not in capsys.readouterr().out  # was not measured in this way before
+    assert len((tmp_path / "results" / "bench.jsonl").read_text().splitlines()) == 3
+
+
+def test_a_damaged_record_of_the_speed_is_not_overwritten(quick, tmp_path, monkeypatch, capsys):
+    assert bench.main([*quick, "--only", "peak"]) == 0
+    path = tmp_path / "results" / "bench.jsonl"
+    monkeypatch.setitem(bench.GROUPS, "peak", lambda _: pytest.fail("it began to measure"))
+    for end in ('{"date": "2026-', "[]\n", '{"rows": [{"what": 1}]}\n', "\xff\n"):
+        path.write_text(before := path.read_text().splitlines(keepends=True)[0] + end)
+        capsys.readouterr()
+        assert bench.main([*quick, "--only", "peak"]) == 1
+        said = capsys.readouterr().err
+        assert said == f"error: {path}: line 2 is damaged: repair or delete it, or give other --results\n"
+        assert path.read_text() == before
+
+
+def test_the_organisers_procedure_finds_the_same_epsilons():
+    source = torch.Generator().manual_seed(0)
+    sides = torch.randn(2, 16, 5, generator=source, dtype=torch.float64)
+    sides[0, :, 3:] += torch.tensor([30.0, 1.0])  # one that no two networks share
+    found = [yardsticks.compared_epsilon(*sides[:, :, example]) for example in range(5)]
+    assert found == pytest.approx(epsilons(*sides).tolist(), abs=1e-5)
+    assert found[3] == 50
+
+
+def test_operations_are_counted():
+    net = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 5, 3, padding=1))
+    first, second = (2 * 7 * 6 * 6 * 9 * pair for pair in (3 * 4, 4 * 5))  # of 7 images
+    assert yardsticks.operations(lambda: net(torch.ones(7, 3, 6, 6))) == first + second
+    for made, images in ((net, 7), (Ensemble(net, 3), 21)):  # K networks on K batches: K times as many
+        work = yardsticks.operations(lambda made=made, images=images: made(torch.ones(images, 3, 6, 6)).sum().backward())
+        assert work == images // 7 * (2 * first + 3 * second)
+
+
+def test_the_profile_of_training_accounts_for_all_of_a_step(data, capsys):
+    assert profile_training.main(["--data", str(data)]) == 0
+    said = capsys.readouterr().out
+    *shares, overhead = [float(share) / 100 for share in re.findall(r"^.*?([-\d.]+)%", said, re.M)]
+    assert overhead > 0 and shares[-1] == 1 and sum(shares[:-1]) == pytest.approx(1, abs=0.01)
+    assert all(share > 0 for share in shares)
