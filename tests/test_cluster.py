@@ -22,8 +22,10 @@ from evaluator.files import Problem
 
 dask = pytest.importorskip("dask")
 distributed = pytest.importorskip("distributed")
-SLOW = "from pathlib import Path\nimport os, time\n" + METHOD.replace(
-    "    with torch", "    time.sleep(1)\n    with torch", 1
+GATED = "import pathlib, time\n" + METHOD.replace(
+    "    with torch",
+    "    while torch.initial_seed() > 0 and not pathlib.Path(GATE).exists():\n        time.sleep(0.05)\n    with torch",
+    1,
 )
 
 
@@ -100,19 +102,37 @@ def method(tmp_path) -> Path:
     return path
 
 
-def run(address: str, data: Path, results: Path, *arguments, runs: int = 12) -> int:
+class Gated:
+    """A method whose runs wait, all but the first, until the gate is opened."""
+
+    def __init__(self, folder: Path):
+        self.method, self.gate = folder / "gated.py", folder / "gate"
+        self.method.write_text(f"GATE = {str(self.gate)!r}\n{GATED}")
+
+    def open(self) -> None:
+        self.gate.touch()
+
+
+@pytest.fixture
+def gated(tmp_path):
+    made = Gated(tmp_path)
+    yield made
+    made.open()
+
+
+def run(address: str, data: Path, results: Path, *arguments, runs: int = 8) -> int:
     common = ["--data", data, "--results", results, "--runs", runs, "--device", "cpu", "--dask", address]
     return evaluate.main([str(argument) for argument in [*arguments, *common]])
 
 
-def in_background(address: str, data: Path, results: Path, *arguments, runs: int = 12) -> subprocess.Popen:
+def in_background(address: str, data: Path, results: Path, *arguments, runs: int = 8) -> subprocess.Popen:
     common = ["--data", data, "--results", results, "--runs", runs, "--device", "cpu", "--dask", address]
     command = [sys.executable, ROOT / "evaluate.py", *arguments, *common]
     return subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def done(results: Path) -> dict[Path, int]:
-    return {path: when for path, when in evaluate_helpers.times(results).items() if "slow" in path.parts}
+    return {path: when for path, when in evaluate_helpers.times(results).items() if "gated" in path.parts}
 
 
 def wait_until(true, seconds: float = 120) -> None:
@@ -124,10 +144,10 @@ def wait_until(true, seconds: float = 120) -> None:
 
 def test_the_same_as_on_one_machine(two_workers, data, method, tmp_path):
     here, there = tmp_path / "here", tmp_path / "there"
-    assert evaluate_helpers.run(data, here, method, FINETUNE, runs=12) == 0
+    assert evaluate_helpers.run(data, here, method, FINETUNE, runs=8) == 0
     assert run(two_workers.address, data, there, method, FINETUNE) == 0
     assert kept(there) == kept(here)
-    assert len(list(there.rglob("run_*.npz"))) == 3 * 12
+    assert len(list(there.rglob("run_*.npz"))) == 3 * 8
 
 
 def test_weights_come_back_too(two_workers, data, tmp_path):
@@ -135,32 +155,28 @@ def test_weights_come_back_too(two_workers, data, tmp_path):
     assert len(list(tmp_path.rglob("network_*.pth"))) == 2 * 4
 
 
-def test_a_worker_that_joins_late_gets_work_and_does_that_of_one_killed(tmp_path, data, results):
-    slow, here = tmp_path / "slow.py", tmp_path / "here"
-    slow.write_text(SLOW)
+def test_a_worker_that_joins_late_gets_work_and_does_that_of_one_killed(tmp_path, data, results, gated):
+    here = tmp_path / "here"
     shutil.copytree(results, here)
     with started(tmp_path, 1) as made:
-        working = in_background(made.address, data, results, slow, runs=16)
+        working = in_background(made.address, data, results, gated.method)
         wait_until(lambda: done(results))
         made.worker("late")
         made.wait_for(2)
         with made.client() as client:
             wait_until(lambda: all(client.processing().values()))  # both have tasks
-        assert len(done(results)) < 15
         made.kill("worker 0")
+        gated.open()
         _, errors = working.communicate(timeout=180)
     assert working.returncode == 0, errors
-    assert re.search(r"slow: +\d+%.*/16", errors)  # progress as on one machine
-    assert evaluate_helpers.run(data, here, slow, runs=16, jobs=2) == 0
+    assert evaluate_helpers.run(data, here, gated.method, runs=8) == 0
     assert kept(results) == kept(here)
 
 
-def test_a_lost_scheduler(tmp_path, data, results, monkeypatch):
+def test_a_lost_scheduler(tmp_path, data, results, gated, monkeypatch):
     monkeypatch.setenv("DASK_DISTRIBUTED__COMM__TIMEOUTS__CONNECT", "3s")
-    slow = tmp_path / "slow.py"
-    slow.write_text(SLOW)
     with started(tmp_path, 1) as made:
-        working = in_background(made.address, data, results, slow)
+        working = in_background(made.address, data, results, gated.method)
         wait_until(lambda: done(results))
         made.kill("scheduler")
         _, errors = working.communicate(timeout=180)
@@ -169,11 +185,12 @@ def test_a_lost_scheduler(tmp_path, data, results, monkeypatch):
     assert re.match(r"error: tcp://\S+: the scheduler or the data sent to it were lost .*the same command goes on$", line)
     assert "Traceback" not in errors
     before = done(results)
-    assert len(before) < 12
+    assert len(before) == 1
+    gated.open()
     with started(tmp_path, 1) as made:
-        assert run(made.address, data, results, slow) == 0
+        assert run(made.address, data, results, gated.method) == 0
     now = done(results)
-    assert len(now) == 12 and before.items() <= now.items()
+    assert len(now) == 8 and before.items() <= now.items()
 
 
 def test_no_scheduler(data, tmp_path, capsys):
@@ -193,16 +210,15 @@ def test_no_worker(data, tmp_path, capsys):
     assert f"--dask {made.address}: the scheduler has no worker" in line
 
 
-def test_workers_that_differ(tmp_path, data, results, capsys):
-    other, nothing, slow = tmp_path / "other", tmp_path / "nothing", tmp_path / "slow.py"
+def test_workers_that_differ(tmp_path, data, results, gated, capsys):
+    other, nothing = tmp_path / "other", tmp_path / "nothing"
     shutil.copytree(ROOT / "evaluator", other / "evaluator")
     with (other / "evaluator" / "metric.py").open("a") as file:
         file.write("# edited\n")
     nothing.mkdir()
-    slow.write_text(SLOW)
     differs = r"error: worker tcp://\S+: the kit is \w+, here \w+: give it the same, or stop it"
     with started(tmp_path, 1) as made:
-        working = in_background(made.address, data, results, slow, runs=16)
+        working = in_background(made.address, data, results, gated.method)
         wait_until(lambda: done(results))
         made.worker("other", other)
         _, errors = working.communicate(timeout=180)
@@ -243,14 +259,13 @@ def test_jobs_are_the_workers_own_matter(two_workers, data, tmp_path, capsys):
     )
 
 
-def test_an_interruption_leaves_no_task(two_workers, data, results, tmp_path):
-    slow = tmp_path / "slow.py"
-    slow.write_text(SLOW)
-    working = in_background(two_workers.address, data, results, slow, runs=16)
+def test_an_interruption_leaves_no_task(two_workers, data, results, gated):
+    working = in_background(two_workers.address, data, results, gated.method)
     wait_until(lambda: done(results))
     working.send_signal(signal.SIGINT)
     _, errors = working.communicate(timeout=60)
     assert working.returncode == 130 and "the same command resumes from there" in errors
+    gated.open()
     with two_workers.client() as client:
         wait_until(lambda: not any(client.processing().values()), 20)
 
