@@ -27,6 +27,7 @@ from benchmarks.evaluation import timed
 from evaluator import command
 from evaluator.data import TENSORS, Examples, load
 from evaluator.evaluation import HERE, data_folder
+from evaluator.files import Problem
 from evaluator.metric import epsilons
 from evaluator.pool import RETAIN_CONFIDENCES, Pool
 from evaluator.scoring import processor
@@ -123,6 +124,8 @@ def main(arguments: list[str] | None = None) -> int:
     args = parser.parse_args(arguments)
 
     def show() -> None:
+        if args.smallest is not None and args.smallest < 2:
+            raise Problem(f"--smallest {args.smallest}: an exponent needs at least 2 sizes")
         print(f"{processor()}, torch {torch.__version__}", flush=True)
         rows = [row(what, SIZES[what][: args.smallest]) for what in args.only]
         print(pd.DataFrame(rows).to_string(index=False))

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import bench, evaluation, ladder, leaderboard, profile_training, yardsticks
+from benchmarks import bench, evaluation, ladder, leaderboard, profile_training, scaling, yardsticks
 from evaluator import forget_sets, tuning
 from evaluator.ensemble import Ensemble
 from evaluator.evaluation import HERE, Evaluation
@@ -257,3 +257,15 @@ def test_the_profile_of_training_accounts_for_all_of_a_step(data, capsys):
     *shares, overhead = [float(share) / 100 for share in re.findall(r"^.*?([-\d.]+)%", said, re.M)]
     assert overhead > 0 and shares[-1] == 1 and sum(shares[:-1]) == pytest.approx(1, abs=0.01)
     assert all(share > 0 for share in shares)
+
+
+def test_how_cost_grows(data, capsys, monkeypatch):
+    monkeypatch.setattr(scaling, "data_folder", lambda name: data)
+    sizes = {"images": [32, 64], "width": [2, 4], "runs": [8, 16], "examples": [5, 50], "memory": [4, 8], "file": [1, 1000]}
+    monkeypatch.setattr(scaling, "SIZES", sizes)
+    assert scaling.main(["--only", "images", "width", "runs", "examples", "file"]) == 0
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()[2:]]
+    assert [row[0] for row in rows] == ["images", "width", "runs", "examples", "file"]
+    assert all(float(row[-1]) for row in rows) and 0.2 < float(rows[-1][-1]) < 1  # kB of a file of 1 and 1,000 examples
+    assert scaling.main(["--smallest", "1"]) == 1
+    assert "--smallest 1: an exponent needs at least 2 sizes" in capsys.readouterr().err
