@@ -11,6 +11,7 @@
 #                          PUBLISHED=1 takes published values instead of tuned ones: results/<data>/PUBLISHED.md
 # make bench               the kit's speed beside that of its peers, and against the last time: a quarter of an hour
 # make notebook            notebooks/*.ipynb from unlearning.py and their sources
+#                          METHOD=methods/shrink_perturb.py writes submission_shrink_perturb.ipynb, which submits that file
 # make rehearse            Kaggle on this machine: runs the notebook, checks and scores its submission.zip
 # make submit              upload the notebook and submit it; DRY=1 prints the commands instead
 # make kaggle-evaluate     make evaluate on Kaggle's free GPUs: uploads the kit and the data, waits, brings the results home;
@@ -65,10 +66,10 @@ bench: $(READY)
 	$(RUN) -m benchmarks.bench $(ON) --runs $(RUNS)
 
 notebook: $(VENV)/.ready-dev
-	$(RUN) notebooks/build.py
+	$(RUN) notebooks/build.py $(METHOD)
 
 rehearse: $(READY_DEV)
-	$(RUN) notebooks/rehearse.py --data $(DATA) --split $(SPLIT)
+	$(RUN) notebooks/rehearse.py $(METHOD) --data $(DATA) --split $(SPLIT)
 
 submit: $(VENV)/.ready-dev
 	$(RUN) notebooks/submit.py $(if $(DRY),--dry-run)

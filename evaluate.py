@@ -1,6 +1,6 @@
 """Scores unlearning methods as the NeurIPS 2023 Machine Unlearning Challenge did: N unlearned against N retrained networks.
 
-    python evaluate.py                          unlearning.py beside the baselines, on the handwritten digits
+    python evaluate.py                          unlearning.py, shrink_perturb.py and two baselines, on the handwritten digits
     python evaluate.py methods/fanchuan.py      any method file, or an edited notebook
     python evaluate.py --checkpoints submission.zip --runs 8          networks that exist already
     python evaluate.py --runs 64                a first impression in two minutes (never compare scores across --runs)
@@ -34,7 +34,8 @@ from evaluator.files import Problem, read_json, write_csv
 from evaluator.method import NO_UNLEARNING, Method
 from evaluator.tuning import tuned_values
 
-OURS = [HERE / "methods" / "finetune.py", HERE / "methods" / "negrad.py", HERE / "unlearning.py"]
+METHODS = HERE / "methods"
+OURS = [METHODS / "finetune.py", METHODS / "negrad.py", HERE / "unlearning.py", METHODS / "shrink_perturb.py"]
 
 
 def options(documentation: str) -> argparse.ArgumentParser:

@@ -2,6 +2,7 @@
 
     python notebooks/build.py            write the notebooks that are out of date
     python notebooks/build.py --force    also those that were edited by hand; the edits are lost
+    python notebooks/build.py methods/shrink_perturb.py     submission_shrink_perturb.ipynb, which submits this method
 
 The same sources give the same bytes. Two cells of submission.py are filled in from unlearning.py: the hyperparameters from
 its Config, and the file itself. kaggle_evaluate.py fills in the parameters of evaluation.py.
@@ -17,24 +18,37 @@ import tokenize
 from pathlib import Path
 
 import jupytext
+import nbformat
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
-from evaluator.files import Problem, write_bytes
+from evaluator.files import Problem, one_line, write_bytes
 
+OURS = HERE.parent / "unlearning.py"
 NOTEBOOKS = ("submission", "tuning", "evaluation")
 
 
-def build(name: str, **given: str) -> str:
-    """The text of a notebook, without outputs. given: what a cell that begins with `#: <name>` is to hold."""
-    method = (HERE.parent / "unlearning.py").read_text()
-    filled_in = {
-        "#: hyperparameters": hyperparameters_cell(method),
-        "#: method": f"#: method\n{method.rstrip()}",
-        **{f"#: {cell}": f"#: {cell}\n{source}" for cell, source in given.items()},
-    }
+def build(name: str, method: Path = OURS, **given: str) -> str:
+    """The text of a notebook, without outputs. method: the file that it submits; one other than unlearning.py is introduced
+    by its docstring. given: what a cell that begins with `#: <name>` is to hold. Raises Problem if it cannot be read.
+    """
+    try:
+        text = method.read_text()
+        filled_in = {
+            "#: hyperparameters": hyperparameters_cell(text),
+            "#: method": f"#: method\n{text.rstrip()}",
+            **{f"#: {cell}": f"#: {cell}\n{source}" for cell, source in given.items()},
+        }
+    except (OSError, ValueError, SyntaxError, StopIteration) as error:
+        why = "has no Config" if isinstance(error, StopIteration) else one_line(error)
+        raise Problem(f"{method}: cannot be put into a notebook: {why}") from error
+    source = jupytext.read(HERE / f"{name}.py", fmt="py:percent").cells
+    if method != OURS:  # the introduction and its picture are unlearning.py's
+        start = next(place for place, cell in enumerate(source) if cell.source.startswith("## Hyperparameters"))
+        introduction = f"# {method.stem}\n{ast.get_docstring(ast.parse(text)) or ''}"
+        source = [nbformat.v4.new_markdown_cell(introduction), *source[start:]]
     cells = []
-    for cell in jupytext.read(HERE / f"{name}.py", fmt="py:percent").cells:
+    for cell in source:
         source = filled_in.get(cell.source.splitlines()[0], cell.source)
         part = {"cell_type": cell.cell_type, "id": f"cell-{len(cells)}", "metadata": {}, "source": source.splitlines(True)}
         cells.append(part | ({"execution_count": None, "outputs": []} if cell.cell_type == "code" else {}))
@@ -81,9 +95,10 @@ def _digest(cells: list[dict]) -> str:
     return hashlib.sha256("\0".join("".join(cell["source"]).rstrip() for cell in cells).encode()).hexdigest()
 
 
-def write(name: str, force: bool = False) -> Path:
+def write(name: str, force: bool = False, method: Path = OURS) -> Path:
     """Bring a notebook up to date. Raises Problem when that would lose edits made by hand."""
-    path, text = HERE / f"{name}.ipynb", build(name)
+    path = HERE / f"{name}{'' if method == OURS else f'_{method.stem}'}.ipynb"
+    text = build(name, method)
     if path.exists() and path.read_text() == text:
         return path
     if path.exists() and edited(path) and not force:
@@ -96,8 +111,14 @@ def write(name: str, force: bool = False) -> Path:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--force", action="store_true", help="replace notebooks that were edited by hand")
+    parser.add_argument(
+        "method", nargs="?", type=Path, help="build submission_<method>.ipynb instead, which submits this file"
+    )
     args = parser.parse_args()
     try:
+        if args.method:
+            write("submission", args.force, args.method.resolve())
+            return
         for name in NOTEBOOKS:
             if (HERE / f"{name}.py").exists():
                 write(name, args.force)

@@ -144,14 +144,14 @@ def compare(path: Path, networks: Path, runs: int) -> None:
                     raise Problem(f"run {run}: '{name}' in {path} is not what the evaluator makes with the same seed")
 
 
-def rehearse(data: str, split: str, runs: int, images: int, results: Path, how: list[str]) -> None:
+def rehearse(method: Path, data: str, split: str, runs: int, images: int, results: Path, how: list[str]) -> None:
     start = time.perf_counter()
 
     def say(text: str) -> None:
         print(f"[{time.perf_counter() - start:4.0f} s] {text}", flush=True)
 
     folder = results / "rehearsal"
-    notebook = build.write("submission")
+    notebook = build.write("submission", method=method)
     source = make_input(load(Path(data) if Path(data).is_dir() else HERE.parent / "data" / data, split), folder, images)
     say(f"{source}: {', '.join(sorted(path.name for path in source.iterdir()))}")
     for name in ("tmp", "working"):
@@ -165,9 +165,9 @@ def rehearse(data: str, split: str, runs: int, images: int, results: Path, how: 
     for arguments in ([str(notebook), "--keep-networks"], ["--checkpoints", str(archive)]):
         if evaluate.main([*arguments, *common]):
             raise Problem("the rehearsal's networks could not be scored; the line above says why")
-    summaries = {name: read_json(scored / name / "summary.json") for name in ("submission.zip", "submission")}
-    compare(archive, scored / "submission" / summaries["submission"]["made_of"]["unlearned"], runs)
-    uploaded, direct = (summaries[name]["score"] for name in ("submission.zip", "submission"))
+    summaries = {name: read_json(scored / name / "summary.json") for name in ("submission.zip", notebook.stem)}
+    compare(archive, scored / notebook.stem / summaries[notebook.stem]["made_of"]["unlearned"], runs)
+    uploaded, direct = (summary["score"] for summary in summaries.values())
     if abs(uploaded - direct) > 0.02:
         raise Problem(f"{archive} scores {uploaded:.4f}, the same seeds scored directly {direct:.4f}")
     say(f"networks equal in float16; score from the zip {uploaded:.4f}, directly {direct:.4f} (N = {runs} is only a check)")
@@ -175,10 +175,13 @@ def rehearse(data: str, split: str, runs: int, images: int, results: Path, how: 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = command.parser(__doc__, "split", runs=8)
+    parser.add_argument("method", nargs="?", type=Path, default=build.OURS, help="the file that is submitted")
     parser.add_argument("--images", type=int, default=240, help="images of the input folder (default: %(default)s)")
     args = parser.parse_args(arguments)
     how = ["--device", args.device, *(["--jobs", str(args.jobs)] if args.jobs else [])]
-    return command.run(lambda: rehearse(args.data, args.split, args.runs, args.images, args.results.resolve(), how))
+    return command.run(
+        lambda: rehearse(args.method.resolve(), args.data, args.split, args.runs, args.images, args.results.resolve(), how)
+    )
 
 
 if __name__ == "__main__":

@@ -54,6 +54,7 @@ SHORT = {
     "sebastian": dict(epochs=1.5, learning_rate=1e-2, share=0.5),
     "seif": dict(epochs=1.5, learning_rate=1e-2, noise=0.1),
     "sfr_on": dict(epochs=1.5, learning_rate=1e-2, ascent=1.0, forget_every=2, max_norm=0.5, fisher_epochs=0.5),
+    "shrink_perturb": dict(epochs=1.5, learning_rate=2e-2),
     "sun": dict(rounds=3, last_factors=(1, 5), epochs=1.5, learning_rate=1e-2),
     "toshi_k": dict(epochs=1.5, learning_rate=1e-2, share=0.5, likely=1e-4),
     "unlearning": dict(epochs=(1, 0.5), learning_rates=(1e-2,)),

@@ -433,7 +433,11 @@ class Convolutional(nn.Sequential):
     "make, layer, refusing",
     [
         (Dense, "Conv2d", {"amnesiacs", "kookmin", "seif", "toshi_k"}),
-        (Convolutional, "[Ll]inear", {"amnesiacs", "cf_k", "eu_k", "random_labels", "salun", "sebastian", "sun"}),
+        (
+            Convolutional,
+            "[Ll]inear",
+            {"amnesiacs", "cf_k", "eu_k", "random_labels", "salun", "sebastian", "shrink_perturb", "sun"},
+        ),
     ],
 )
 def test_a_method_says_what_a_network_lacks(make, layer, refusing):
