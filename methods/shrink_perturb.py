@@ -88,9 +88,11 @@ def budget(net: nn.Module, retain_loader, forget_loader, config: Config) -> tupl
     loader = rebatched(retain_loader, 2 * retain_loader.batch_size) if small else retain_loader
     if config.epochs:
         return loader, max(1, round(config.epochs * len(loader)))
-    counted = [layer.num_batches_tracked.item() for layer in net.modules() if isinstance(layer, nn.BatchNorm2d)]
+    counter = next(
+        (layer.num_batches_tracked for layer in net.modules() if isinstance(layer, nn.BatchNorm2d)), torch.tensor(0)
+    )
     examples = len(retain_loader.dataset) + len(forget_loader.dataset)
-    epochs = max(counted, default=0) / math.ceil(examples / retain_loader.batch_size) or config.original_epochs
+    epochs = counter.item() / math.ceil(examples / retain_loader.batch_size) or config.original_epochs
     return loader, max(1, round((SMALL_PART if small else PART) * epochs * len(loader)))
 
 
@@ -173,15 +175,26 @@ def calibrate(net, members, aim: Tensor, val_loader, forget_loader, config: Conf
     weight = torch.bincount(forget, minlength=logits.shape[-1]) / len(forget) * of_class.any(1)  # [K, classes]
     values = logits.new_zeros(len(members), 1 + logits.shape[-1])  # of each network: ln scale, biases
     cost = torch.tensor([config.scale_cost, *[config.bias_cost] * logits.shape[-1]]).to(logits)
-    for _ in range(10):  # Gauss-Newton
+
+    def corrected(values: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The scaled logits, these with biases, what is missing in each class, and what it costs in all."""
         scaled = values[:, :1, None].exp() * logits
         moved = scaled + values[:, None, 1:]
+        gap = aim - (mean @ confidences(moved, of_class)[..., None]).squeeze(-1)
+        return scaled, moved, gap, (weight * gap**2).sum(1) + (cost * values**2).sum(1)
+
+    damping = torch.full((len(members), 1, 1), 0.01).to(logits)
+    for _ in range(10):  # Levenberg-Marquardt
+        scaled, moved, gap, loss = corrected(values)
         slope = of_class - moved.masked_fill(of_class.bool(), -torch.inf).softmax(-1)  # of the confidences
         slopes = mean @ torch.cat([(slope * scaled).sum(-1, keepdim=True), slope], -1)  # [K, classes, values]
         weighted = (weight[..., None] * slopes).mT
-        gap = aim - (mean @ confidences(moved, of_class)[..., None]).squeeze(-1)
         gain = (weighted @ gap[..., None]).squeeze(-1) - cost * values
-        values += torch.linalg.solve(weighted @ slopes + cost.diag(), gain)
+        curvature = weighted @ slopes + cost.diag()
+        tried = values + torch.linalg.solve(curvature + damping * torch.eye(len(cost)).to(logits), gain)
+        better = corrected(tried)[-1] < loss
+        values = torch.where(better[:, None], tried, values)
+        damping = torch.where(better[:, None, None], damping / 10, damping * 10)
     for member, (log_scale, *biases) in zip(members, values.float()):
         layer = last_layer(member)
         layer.weight.mul_(log_scale.exp())

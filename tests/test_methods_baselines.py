@@ -41,6 +41,7 @@ from methods import (
     salun,
     scrub,
     sfr_on,
+    shrink_perturb,
 )
 
 
@@ -447,3 +448,92 @@ def test_sfr_on_forgets_and_repairs(original):
 def test_sfr_on_rate_falls_along_a_cosine(original):
     seen = rates(sfr_on, original, epochs=1, forget_every=4, learning_rate=1.0)
     assert seen == pytest.approx([1.0, 1.0, 0.5 + 0.125**0.5, 0.5, 0.5 - 0.125**0.5])
+
+
+# shrink_perturb
+
+
+def test_shrink_perturb_keeps_the_variance_of_the_weights(original):
+    """Of weights that were drawn at random, whatever is kept of them; batch norm moves towards its first values."""
+    torch.manual_seed(0)
+    fresh = resnet18(10, width=16)
+    for kept in (0.0, 0.4, 1.0):
+        net = copy.deepcopy(fresh)
+        with torch.no_grad():
+            net.bn1.weight.fill_(2.0)
+        shrink_perturb.shrink_and_perturb(net, kept, torch.Generator().manual_seed(1))
+        old, new = fresh.layer3[0].conv1.weight, net.layer3[0].conv1.weight
+        assert torch.isclose(new.std(), old.std(), rtol=0.05)
+        assert torch.corrcoef(torch.stack([old.flatten(), new.flatten()]))[0, 1].item() == pytest.approx(kept, abs=0.05)
+        assert torch.allclose(net.bn1.weight, torch.tensor(1 + kept))
+
+
+def counting(steps: int) -> nn.Module:
+    """A network whose batch norm has counted so many training steps; None: one that has none."""
+    net = resnet18(10, width=4)
+    for layer in net.modules():
+        if isinstance(layer, nn.BatchNorm2d):
+            layer.num_batches_tracked.fill_(steps)
+    return net
+
+
+def test_shrink_perturb_learns_for_a_part_of_the_counted_steps():
+    parts = loaders()[:2]  # 80 images in all, 5 steps of 16 an epoch
+    for epochs in (12, 40):
+        loader, steps = shrink_perturb.budget(counting(5 * epochs), *parts, shrink_perturb.Config())
+        assert loader.batch_size == 2 * BATCH  # 60 images in 2 steps an epoch
+        assert steps == round(shrink_perturb.SMALL_PART * epochs * 2)
+    _, steps = shrink_perturb.budget(nn.Linear(2, 2), *parts, shrink_perturb.Config(original_epochs=20))  # counts nothing
+    assert steps == round(shrink_perturb.SMALL_PART * 20 * 2)
+    large = nn.Linear(1000, shrink_perturb.SMALL // 1000)
+    loader, steps = shrink_perturb.budget(large, *parts, shrink_perturb.Config(original_epochs=20))
+    assert loader is parts[0] and steps == round(shrink_perturb.PART * 20 * 4)
+
+
+def confidence_by_class(net: nn.Module, part: Examples) -> torch.Tensor:
+    of_class, mean = shrink_perturb.classes(part.age_group[None], 10)
+    return (mean @ shrink_perturb.confidences(logits(net, part).double()[None], of_class)[..., None]).squeeze(-1)
+
+
+def calibrated(net: nn.Module, aim: torch.Tensor, forget: Examples, **values) -> nn.Module:
+    net = copy.deepcopy(net)
+    shrink_perturb.calibrate(
+        net, [net], aim, DataLoader(VALIDATION, 8), DataLoader(forget, 8), shrink_perturb.Config(**values)
+    )
+    return net
+
+
+def test_shrink_perturb_gives_the_validation_set_the_confidence_of_the_original(original):
+    """In the classes of the forget set; and the network stays the same but for scale and biases of the last layer."""
+    aim = confidence_by_class(original, VALIDATION)
+    timid = copy.deepcopy(original)
+    with torch.no_grad():
+        timid.fc.weight.mul_(0.5)
+        timid.fc.bias.mul_(0.5).add_(torch.linspace(-1, 1, 10))
+    nets = [calibrated(timid, aim, FORGET, scale_cost=cost, bias_cost=cost) for cost in (1e-6, 0.1)]
+    there = [label for label in range(10) if label in FORGET.age_group and label in VALIDATION.age_group]
+    gaps = [(confidence_by_class(net, VALIDATION) - aim)[0, there].abs().mean() for net in (*nets, timid)]
+    assert gaps[0] < 0.01 < gaps[1] < gaps[2] / 2
+    for net in nets:
+        assert changed(net, timid) == {"fc.weight", "fc.bias"}
+        ratio = net.fc.weight / timid.fc.weight
+        assert torch.allclose(ratio, ratio[0, 0].expand_as(ratio), rtol=1e-4) and ratio[0, 0] > 1.2
+
+
+def test_shrink_perturb_never_corrects_for_the_worse(original):
+    """A network that is wrong everywhere cannot be made confident: what is tried in vain is taken back."""
+    wrong, aim = copy.deepcopy(original), confidence_by_class(original, VALIDATION)
+    with torch.no_grad():
+        wrong.fc.weight.neg_()
+    net = calibrated(wrong, aim, FORGET, scale_cost=1e-6, bias_cost=1e-6)
+    gaps = [(confidence_by_class(each, VALIDATION) - aim).square().mean() for each in (net, wrong)]
+    assert gaps[0] <= gaps[1] and all(tensor.isfinite().all() for tensor in net.state_dict().values())
+
+
+def test_shrink_perturb_corrects_nothing_where_it_knows_nothing(original):
+    """No validation image has a class of the forget set."""
+    unknown = next(label for label in range(10) if label not in VALIDATION.age_group)
+    forget = examples(20, 4)
+    forget.age_group.fill_(unknown)
+    same = calibrated(original, confidence_by_class(original, VALIDATION) + 1, forget)
+    assert torch.equal(same.fc.weight, original.fc.weight) and torch.equal(same.fc.bias, original.fc.bias)
