@@ -89,7 +89,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary)
             show("data", prepare(folder))
-            show("first evaluation, three methods", evaluate(folder, args.runs, args.jobs))
+            show("first evaluation, four methods", evaluate(folder, args.runs, args.jobs))
             another = evaluate(folder, args.runs, args.jobs, str(args.another), "--tuned")
             show(f"one more method ({args.another.stem})", another)
             show("the first again", evaluate(folder, args.runs, args.jobs))

@@ -18,6 +18,7 @@ import math
 import os
 import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from textwrap import fill
 
@@ -51,14 +52,25 @@ PUBLISHED = {
 COMPETITION_STEPS = 550  # about so many batches of 64 has an epoch of the competition's retain set
 
 
-def contestants(data: str) -> list[Method]:
-    """Every method, with its tuned values; raises Problem where one has not been tuned."""
+def contestants(data: str, only: Sequence[str] = ()) -> list[Method]:
+    """Every method, or only those named, with its tuned values; raises Problem if one is not tuned or unknown."""
     ours = HERE / "unlearning.py"
-    tuned = [Method.read(path, values=tuned_values(path, data)) for path in [ours, *sorted((HERE / "methods").glob("*.py"))]]
-    names = {"algorithm_1": "algorithm_1", "algorithm_2": "algorithm_2", data: "unlearning_preset"}
-    given = [key for key in names if key in tuned[0].presets]
-    presets = [dataclasses.replace(Method.read(ours, preset=key), name=names[key]) for key in given]
-    return [NO_UNLEARNING, *tuned, *presets]
+    methods = {path.stem: path for path in [ours, *sorted((HERE / "methods").glob("*.py"))]}
+    presets = {"algorithm_1": "algorithm_1", "algorithm_2": "algorithm_2", "unlearning_preset": data}
+    presets = {name: key for name, key in presets.items() if key in Method.read(ours).presets}
+    check_names(only, [NO_UNLEARNING.name, *methods, *presets])
+    found = [NO_UNLEARNING] if not only or NO_UNLEARNING.name in only else []
+    found += [
+        Method.read(path, values=tuned_values(path, data)) for name, path in methods.items() if not only or name in only
+    ]
+    given = {name: key for name, key in presets.items() if not only or name in only}
+    return found + [dataclasses.replace(Method.read(ours, preset=key), name=name) for name, key in given.items()]
+
+
+def check_names(wanted: Sequence[str], there: Sequence[str]) -> None:
+    """Raises Problem naming one that is not there."""
+    if unknown := set(wanted) - set(there):
+        raise Problem(f"{min(unknown)}: no method has this name; there are: {', '.join(there)}")
 
 
 def as_published(evaluation: Evaluation) -> tuple[list[Method], float]:
@@ -158,10 +170,10 @@ def markdown(table: pd.DataFrame, left: int = 1) -> str:
     return "\n".join(f"| {' | '.join(str(cell).strip() for cell in line)} |" for line in lines)
 
 
-def budget(data: str) -> str:
-    """Each method's search budget, in words. Raises Problem when it was not the same for all."""
+def budget(data: str, only: Sequence[str] = ()) -> str:
+    """The search budget of every method, or of those named, in words. Raises Problem when it was not the same for all."""
     found = read_json(tuned_file(data))
-    given = {kept["trials"] for kept in found.values()}
+    given = {kept["trials"] for name, kept in found.items() if not only or name in only} or {"none was tuned"}
     if len(given) > 1:
         raise Problem(f"{tuned_file(data)}: the methods had different budgets: {'; '.join(sorted(given))}; make tune")
     return given.pop()
@@ -183,14 +195,12 @@ def write(args) -> None:
         data = evaluation.data.name
         if args.published:
             methods, factor = as_published(evaluation)
+            check_names(args.methods, [method.name for method in methods])
+            methods = [method for method in methods if not args.methods or method.name in args.methods]
             values = AS_PUBLISHED.format(factor=factor)
         else:
-            values = TUNED.format(budget=budget(data), data=data)  # before any work
-            methods = contestants(data)
-        unknown = set(args.methods) - {method.name for method in methods}
-        if unknown:
-            raise Problem(f"{min(unknown)}: no method has this name; there are: {', '.join(one.name for one in methods)}")
-        methods = [method for method in methods if not args.methods or method.name in args.methods]
+            values = TUNED.format(budget=budget(data, args.methods), data=data)  # before any work
+            methods = contestants(data, args.methods)
         for method in methods:
             try:
                 summaries.setdefault(method.name, []).append(evaluation.score(method))
@@ -254,8 +264,8 @@ def write(args) -> None:
 
 
 TUNED = """Every method was tuned on public forget sets with the same budget of scored settings (`make tune`):
-{budget}. The first setting tried is the published one, moved into the
-search ranges; settings that cost more than 20% of a retraining are rejected. `algorithm_1` and `algorithm_2` are
+{budget}. A method without ranges to search, such as shrink_perturb, is used as it is. The first
+setting tried is the published one, moved into the search ranges; settings that cost more than 20% of a retraining are rejected. `algorithm_1` and `algorithm_2` are
 unlearning.py with its published values, which were chosen for a network that trains longer; costs over the limit are marked.
 `unlearning_preset` has the values that unlearning.py brings for this data set. The values found are in
 methods/tuned/{data}.json."""

@@ -36,11 +36,16 @@ EPOCHS = 12  # of a retraining for which the methods' ranges of epochs are writt
 
 
 def tuned_values(path: Path | str, data_name: str) -> dict:
-    """The Config values found for a method file. Raises Problem where there are none."""
+    """The Config values found for a method file; none for a method without ranges, which is used as it is.
+
+    Raises Problem where the method has ranges and was not tuned.
+    """
     kept = read_json(tuned_file(data_name)).get(Path(path).stem)
-    if not isinstance(kept, dict) or not isinstance(kept.get("config"), dict):
-        raise Problem(f"{path}: has not been tuned on {data_name}: make tune METHOD={path}")
-    return kept["config"]
+    if isinstance(kept, dict) and isinstance(kept.get("config"), dict):
+        return kept["config"]
+    if Path(path).is_file() and not Method.read(path).search_space:
+        return {}
+    raise Problem(f"{path}: has not been tuned on {data_name}: make tune METHOD={path}")
 
 
 def tuned_file(data_name: str) -> Path:
@@ -266,6 +271,9 @@ def tune_all(args) -> None:
         raise Problem(f"--trials {args.trials}: at least 1 setting must be scored")
     for path in args.methods or [HERE / "unlearning.py", *sorted((HERE / "methods").glob("*.py"))]:
         method = Method.read(path, data_name)
+        if not method.search_space:
+            print(f"{path}: no field of its Config has a range to search: it is used as it is", flush=True)
+            continue
         start = time.perf_counter()
         found = tune(evaluations, method, args.trials)
         minutes = (time.perf_counter() - start) / 60

@@ -68,7 +68,7 @@ def arguments(data, results, tmp_path, monkeypatch) -> list[str]:
     for module in (tuning, leaderboard):
         monkeypatch.setattr(module, "tuned_file", lambda data: kept)
     methods = [Method.read(HERE / "methods" / f"{name}.py") for name in budgets]
-    monkeypatch.setattr(leaderboard, "contestants", lambda data: [NO_UNLEARNING, *methods])
+    monkeypatch.setattr(leaderboard, "contestants", lambda data, only: [NO_UNLEARNING, *methods])
     arguments = ["--data", str(data), "--runs", "4", "--jobs", "1", "--results", str(results)]
     return arguments
 
