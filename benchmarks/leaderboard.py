@@ -264,11 +264,11 @@ def write(args) -> None:
 
 
 TUNED = """Every method was tuned on public forget sets with the same budget of scored settings (`make tune`):
-{budget}. A method without ranges to search, such as shrink_perturb, is used as it is. The first
-setting tried is the published one, moved into the search ranges; settings that cost more than 20% of a retraining are rejected. `algorithm_1` and `algorithm_2` are
-unlearning.py with its published values, which were chosen for a network that trains longer; costs over the limit are marked.
-`unlearning_preset` has the values that unlearning.py brings for this data set. The values found are in
-methods/tuned/{data}.json."""
+{budget}. The first setting tried is the published one, moved into the
+search ranges; settings that cost more than 20% of a retraining are rejected. A method without ranges to search, such as
+shrink_perturb, is used as it is. `algorithm_1` and `algorithm_2` are unlearning.py with its published values, which were
+chosen for a network that trains longer; costs over the limit are marked. `unlearning_preset` has the values that
+unlearning.py brings for this data set. The values found are in methods/tuned/{data}.json."""
 
 AS_PUBLISHED = """Every method has the values that it was published with. Only learning rates are changed, by one rule for
 all: they are multiplied by {factor:.1f}, because an epoch has so many times fewer steps here than in the competition (550).

@@ -135,6 +135,20 @@ def test_the_method_is_unlearning_py_unchanged():
     assert f"#: method\n{(ROOT / 'unlearning.py').read_text().rstrip()}" in sources
 
 
+def test_another_method_in_the_notebook(tmp_path):
+    path = ROOT / "methods" / "shrink_perturb.py"
+    notebook = tmp_path / "submission_shrink_perturb.ipynb"
+    notebook.write_text(build.build("submission", path))
+    nbformat.validate(nbformat.read(notebook, as_version=4))
+    assert "Shrink the weights" in notebook.read_text() and "draw_method" not in notebook.read_text()
+    read, file = Method.read(notebook, "digits"), Method.read(path)
+    assert (read.config, read.ensemble) == (file.config, file.ensemble)
+    for content, why in (("", "has no Config"), ("def (", "invalid syntax")):
+        (tmp_path / "other.py").write_text(content)
+        with pytest.raises(Problem, match=f"other.py: cannot be put into a notebook: .*{why}"):
+            build.build("submission", tmp_path / "other.py")
+
+
 def test_edits_are_noticed(tmp_path):
     path = tmp_path / "submission.ipynb"
     path.write_text(build.build("submission"))

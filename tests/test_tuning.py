@@ -78,7 +78,7 @@ def trials(evaluation: Evaluation) -> list:
 def test_every_method_says_what_may_be_tried(path):
     read = Method.read(path)
     space = read.search_space
-    assert space
+    assert space or path.stem == "shrink_perturb"  # whose values follow from what is at hand
     for name, allowed in space.items():
         if isinstance(allowed, tuple):
             assert allowed[0] < allowed[1] and allowed[2:] in ((), ("log",)), name
@@ -90,6 +90,17 @@ def test_every_method_says_what_may_be_tried(path):
         }
         values = tuning.suggest(optuna.trial.FixedTrial(fixed), read)
         assert Method.read(path, values=values).config == read.config | values  # of the fields' types, and allowed
+
+
+def test_a_method_without_ranges_is_used_as_it_is(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(tuning, "tuned_file", lambda name: tmp_path / "tuned.json")
+    path = tuning.HERE / "methods" / "shrink_perturb.py"
+    assert tuning.tuned_values(path, "digits") == {}
+    with pytest.raises(Problem, match=r"finetune\.py: has not been tuned on digits"):
+        tuning.tuned_values(path.with_name("finetune.py"), "digits")
+    assert tuning.main([str(path), "--results", str(tmp_path)]) == 0
+    assert "shrink_perturb.py: no field of its Config has a range to search: it is used as it is" in capsys.readouterr().out
+    assert not (tmp_path / "tuned.json").exists()
 
 
 def test_values_are_drawn_from_the_ranges():
