@@ -87,11 +87,11 @@ def budget(net: nn.Module, retain_loader, forget_loader, config: Config) -> tupl
     loader = rebatched(retain_loader, 2 * retain_loader.batch_size) if small else retain_loader
     if config.epochs:
         return loader, max(1, round(config.epochs * len(loader)))
-    counter = next(
-        (layer.num_batches_tracked for layer in net.modules() if isinstance(layer, nn.BatchNorm2d)), torch.tensor(0)
-    )
+    counters = (buffer for name, buffer in net.named_buffers() if name.endswith("num_batches_tracked"))
     examples = len(retain_loader.dataset) + len(forget_loader.dataset)
-    epochs = counter.item() / math.ceil(examples / retain_loader.batch_size) or config.original_epochs
+    epochs = (
+        next(counters, torch.tensor(0)).item() / math.ceil(examples / retain_loader.batch_size) or config.original_epochs
+    )
     return loader, max(1, round((SMALL_PART if small else PART) * epochs * len(loader)))
 
 
