@@ -1,7 +1,7 @@
 """What the knobs of methods/shrink_perturb.py do: score, median shift and spread ratio, drawn for docs/experiments.md.
 
-python -m benchmarks.experiments --runs 64          on the digits' public forget set
-python -m benchmarks.experiments --runs 64 --data fashion-small --split public-2 --picture docs/experiments.png
+python -m benchmarks.experiments --runs 16          on the digits' public forget set
+python -m benchmarks.experiments --runs 16 --picture docs/experiments.png        also the picture
 """
 
 import sys

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import bench, evaluation, ladder, leaderboard, profile_training, scaling, yardsticks
+from benchmarks import bench, evaluation, experiments, ladder, leaderboard, profile_training, scaling, yardsticks
 from evaluator import forget_sets, tuning
 from evaluator.ensemble import Ensemble
 from evaluator.evaluation import HERE, Evaluation
@@ -269,3 +269,16 @@ def test_how_cost_grows(data, capsys, monkeypatch):
     assert all(float(row[-1]) for row in rows) and 0.2 < float(rows[-1][-1]) < 1  # kB of a file of 1 and 1,000 examples
     assert scaling.main(["--smallest", "1"]) == 1
     assert "--smallest 1: an exponent needs at least 2 sizes" in capsys.readouterr().err
+
+
+def test_what_the_knobs_do(data, results, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(experiments, "KEPT", (0.0, 0.95))
+    monkeypatch.setattr(experiments, "OTHERS", ({"calibrate": False},))
+    where = ["--data", str(data), "--runs", "4", "--jobs", "1", "--results", str(results)]
+    assert experiments.main([*where, "--picture", str(tmp_path / "knobs.png")]) == 0
+    assert (tmp_path / "knobs.png").read_bytes().startswith(b"\x89PNG")
+    said = capsys.readouterr().out
+    rows = {line.split()[0]: line.split() for line in said.splitlines() if "=" in line}
+    assert list(rows) == ["kept=0.0", "kept=0.95", "calibrate=False"]
+    spreads = [float(rows[name][-2]) for name in ("kept=0.0", "kept=0.95")]
+    assert spreads[0] > spreads[1]  # who keeps more has runs that are more alike
