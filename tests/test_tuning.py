@@ -92,13 +92,13 @@ def test_every_method_says_what_may_be_tried(path):
         assert Method.read(path, values=values).config == read.config | values  # of the fields' types, and allowed
 
 
-def test_a_method_without_ranges_is_used_as_it_is(tmp_path, monkeypatch, capsys):
+def test_a_method_without_ranges_is_used_as_it_is(data, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(tuning, "tuned_file", lambda name: tmp_path / "tuned.json")
     path = tuning.HERE / "methods" / "shrink_perturb.py"
     assert tuning.tuned_values(path, "digits") == {}
     with pytest.raises(Problem, match=r"finetune\.py: has not been tuned on digits"):
         tuning.tuned_values(path.with_name("finetune.py"), "digits")
-    assert tuning.main([str(path), "--results", str(tmp_path)]) == 0
+    assert tuning.main([str(path), "--data", str(data), "--results", str(tmp_path)]) == 0
     assert "shrink_perturb.py: no field of its Config has a range to search: it is used as it is" in capsys.readouterr().out
     assert not (tmp_path / "tuned.json").exists()
 
