@@ -194,10 +194,10 @@ def calibrate(net, members, aim: Tensor, val_loader, forget_loader, config: Conf
         better = corrected(tried)[-1] < loss
         values = torch.where(better[:, None], tried, values)
         damping = torch.where(better[:, None, None], damping / 10, damping * 10)
-    for member, (log_scale, *biases) in zip(members, values.float()):
-        layer = last_layer(member)
-        layer.weight.mul_(log_scale.exp())
-        layer.bias.mul_(log_scale.exp()).add_(torch.stack(biases))
+    for member, value in zip(members, values.float()):
+        layer, scale = last_layer(member), value[0].exp()
+        layer.weight.mul_(scale)
+        layer.bias.mul_(scale).add_(value[1:])
 
 
 def last_layer(net: nn.Module) -> nn.Linear:
