@@ -1,20 +1,20 @@
 """Shrink the weights, add fresh ones, learn the retain set again, and set the confidence by the validation set.
 
 Ours. The parts are known: shrink and perturb (Ash and Adams, NeurIPS 2020, https://arxiv.org/abs/1910.08475), a learning
-rate that rises and falls (Smith and Topin, https://arxiv.org/abs/1708.07120) and vector scaling (Guo et al., ICML 2017,
-https://arxiv.org/abs/1706.04599). docs/experiments.md says what else was tried.
+rate that rises and falls (Smith and Topin, https://arxiv.org/abs/1708.07120) and early layers that stop learning early
+(Brock et al., https://arxiv.org/abs/1706.04983). docs/experiments.md says what else was tried.
 
 What is left of the old weights makes learning faster than from scratch and is too little to remember single images. Still,
 a network that learnt for a fifth of the time is less confident than a retrained one. How much is seen on the validation set,
-which neither the original nor this network was trained on: the last layer is scaled, and its biases moved, until both are as
-confident there on the classes of the forget set. Of the forget set only the labels are used.
+which neither the original nor this network was trained on: the last layer is corrected until both are as confident there
+on the classes of the forget set. Of the forget set only the labels are used.
 
 No value has to be tuned to the data: how long to learn follows from the number of training steps, which batch norm counts.
 """
 
 import math
 from dataclasses import dataclass
-from itertools import chain, islice, repeat
+from itertools import chain, repeat
 
 import torch
 from torch import Tensor, nn
@@ -23,10 +23,12 @@ from torch.nn import functional as F
 ENSEMBLE = True  # K networks trained as one give what each gives alone
 NORM_LAYERS = (nn.BatchNorm2d, nn.LayerNorm, nn.GroupNorm)
 
-# How much of the original's training fits into a fifth of its cost. A step of a small network takes hardly longer with
-# twice the images (on a CPU 1.3 to 1.5 times at 45,000 weights), so it sees more of them in the same time.
-PART = 0.18  # of the epochs, in batches of the loader's size
-SMALL, SMALL_PART = 300_000, 0.25  # networks of fewer weights: in batches of twice that size
+# How much of the original's training fits into a fifth of its cost, in epochs. A step of a small network takes hardly longer
+# with twice the images (on a CPU 1.3 to 1.5 times at 45,000 weights): it learns in batches of twice the loader's size. Once
+# the first stage of a ResNet is frozen, a step costs 0.45 to 0.7 of what it did.
+SMALL = 300_000  # weights
+PARTS = {(True, True): 0.35, (True, False): 0.25, (False, True): 0.23, (False, False): 0.18}  # (small, frozen)
+MOST_BYTES = 2**30  # of the first stage's outputs for all images; where they take more it is not frozen
 
 
 @dataclass(frozen=True)
@@ -36,25 +38,27 @@ class Config:
     kept: float = 0.4  # of the old weights; fresh ones make up for the variance that is lost
     learning_rate: float = 0.1  # at its highest
     rise: float = 0.2  # part of the steps in which it rises to that; then it falls to 0, both linearly
+    freeze: bool = True  # whether the first stage of a ResNet stops learning after half of the steps, its rate at 0
     epochs: float = 0  # over the retain set, parts allowed; 0: by the rule above
     original_epochs: float = 30  # of the original's training, where no batch norm has counted its steps
     momentum: float = 0.9  # of SGD, Nesterov's
     weight_decay: float = 5e-4  # of SGD
     calibrate: bool = True  # whether to set the confidence by the validation set
-    scale_cost: float = 40  # of a changed scale, which changes the spread over the runs too; the biases do not
-    bias_cost: float = 0.1  # of biases, which few validation images of a class would set at random
+    prior: float = 20  # a class with n validation images has n / (n + prior) of a say of its own, else that of all
+    bias_cost: float = 0.3  # of biases, in ridge regression
 
     def __post_init__(self):
         for rule in (
             "0 <= kept <= 1",
             "0 <= learning_rate < 1e9",
-            "0 < rise < 1",
+            "0 < rise < 0.5",
+            "freeze in (False, True)",
             "0 <= epochs < 1e9",
             "0 < original_epochs < 1e9",
             "0 < momentum < 1",
             "0 <= weight_decay < 1e9",
             "calibrate in (False, True)",
-            "0 < scale_cost < 1e9",
+            "0 <= prior < 1e9",
             "0 < bias_cost < 1e9",
         ):
             if not eval(rule, dict(vars(self))):
@@ -67,21 +71,37 @@ PRESETS = {}
 def unlearning(net, retain_loader, forget_loader, val_loader, config: Config = Config()) -> None:
     members = getattr(net, "members", [net])  # K networks trained as one, or the one there is
     generators = getattr(net, "generators", [None])  # where each draws its randomness; None: torch's global generator
-    loader, steps = budget(members[0], retain_loader, forget_loader, config)
+    frozen = first_stage(members[0], retain_loader.dataset) if config.freeze else []
+    loader, steps = budget(members[0], retain_loader, forget_loader, bool(frozen), config)
     if config.calibrate:
         last_layer(members[0])  # refuses a network that cannot be corrected before anything is trained
-        logits, labels = answers(members[0], val_loader, 1, len(members))  # every member still is the original
+        logits, _, labels = answers(members[0], val_loader, 1, len(members))  # every member still is the original
         of_class, mean = classes(labels, logits.shape[-1])
         aim = (mean @ confidences(logits, of_class)[..., None]).squeeze(-1)
     for member, generator in zip(members, generators):
         shrink_and_perturb(member, config.kept, generator)
-    learn(net, loader, steps, config, len(members))
+    learn(net, members, generators, loader, steps, frozen, config)
     net.eval()
     if config.calibrate:
         calibrate(net, members, aim, val_loader, forget_loader, config)
 
 
-def budget(net: nn.Module, retain_loader, forget_loader, config: Config) -> tuple[object, int]:
+def first_stage(net: nn.Module, images) -> list[str]:
+    """The names of a ResNet's parts up to its first stage; none where their outputs for all images are too large to keep."""
+    names = [name for name, _ in net.named_children()]
+    if "layer1" not in names:
+        return []
+    names = names[: names.index("layer1") + 1]
+    with torch.no_grad():
+        output = part(net.eval(), names)(images[0]["image"][None].to(next(net.parameters())))
+    return names if output.numel() * output.element_size() * len(images) <= MOST_BYTES else []
+
+
+def part(net: nn.Module, names: list[str]) -> nn.Sequential:
+    return nn.Sequential(*[net.get_submodule(name) for name in names])
+
+
+def budget(net: nn.Module, retain_loader, forget_loader, frozen: bool, config: Config) -> tuple[object, int]:
     """(the loader to learn from, the number of steps)."""
     small = sum(parameter.numel() for parameter in net.parameters()) < SMALL
     loader = rebatched(retain_loader, 2 * retain_loader.batch_size) if small else retain_loader
@@ -92,7 +112,7 @@ def budget(net: nn.Module, retain_loader, forget_loader, config: Config) -> tupl
     epochs = (
         next(counters, torch.tensor(0)).item() / math.ceil(examples / retain_loader.batch_size) or config.original_epochs
     )
-    return loader, max(1, round((SMALL_PART if small else PART) * epochs * len(loader)))
+    return loader, max(1, round(PARTS[small, frozen] * epochs * len(loader)))
 
 
 def rebatched(loader, batch_size: int):
@@ -124,86 +144,149 @@ def initialised_like(tensor: Tensor, layer: nn.Module, name: str, generator: tor
     return fresh.normal_(std=0.02, generator=generator)
 
 
-def learn(net: nn.Module, loader, steps: int, config: Config, size: int) -> None:
-    """Minimise cross-entropy on the retain set; `size` networks learn as one."""
-    device = next(net.parameters()).device
+def learn(net, members, generators, loader, steps: int, frozen: list[str], config: Config) -> None:
+    """Minimise cross-entropy on the retain set; the `frozen` parts for half of the steps, the others for all."""
+    joint = net.get_submodule("")
+    early = [parameter for name in frozen for parameter in joint.get_submodule(name).parameters()]
+    late = [parameter for parameter in net.parameters() if all(parameter is not other for other in early)]
     optimizer = torch.optim.SGD(
-        net.parameters(),
+        [{"params": parameters, "end": end} for parameters, end in ((early, 0.5), (late, 1.0)) if parameters],
         lr=config.learning_rate,
         momentum=config.momentum,
         nesterov=True,
         weight_decay=config.weight_decay,
         fused=True,
     )
-    net.train()
-    for done, batch in enumerate(islice(chain.from_iterable(repeat(loader)), steps)):
-        position = (done + 0.5) / steps
-        height = position / config.rise if position < config.rise else (1 - position) / (1 - config.rise)
-        optimizer.param_groups[0]["lr"] = config.learning_rate * height
-        if len(batch["age_group"]) == size:  # batch norm needs more than one image
-            continue
-        loss = F.cross_entropy(net(batch["image"].to(device)), batch["age_group"].to(device))
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+
+    def fit(batches, numbers: range) -> None:
+        net.train()
+        for number, (images, labels) in zip(numbers, batches):
+            if len(labels) == len(members):  # batch norm needs more than one image
+                continue
+            position = (number + 0.5) / steps
+            for group in optimizer.param_groups:
+                down = max(0.0, (group["end"] - position) / (group["end"] - config.rise))
+                group["lr"] = config.learning_rate * min(position / config.rise, down)
+            loss = F.cross_entropy(net(images), labels)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+
+    device = next(net.parameters()).device
+    half = steps // 2 if frozen else steps
+    batches = chain.from_iterable(repeat(loader))
+    fit(((batch["image"].to(device), batch["age_group"].to(device)) for batch in batches), range(half))
+    if frozen:
+        net.eval()
+        kept = outputs([part(member, frozen) for member in members], loader, device)
+        layers = {name: joint.get_submodule(name) for name in frozen}
+        try:
+            for name in frozen:
+                setattr(joint, name, nn.Identity())
+            fit(shuffled(*kept, loader.batch_size, generators), range(half, steps))
+        finally:
+            for name, layer in layers.items():
+                setattr(joint, name, layer)
 
 
 @torch.no_grad()
-def answers(net: nn.Module, loader, size: int, parts: int) -> tuple[Tensor, Tensor]:
-    """The logits [size, images, classes] and labels [size, images] of a loader whose batches have `parts` networks' images.
+def outputs(parts: list[nn.Module], loader, device) -> tuple[Tensor, Tensor]:
+    """What each network's first part makes of each image [K, images, ...], and the labels [K, images]."""
+    values, labels = [], []
+    for batch in loader:
+        images = batch["image"].to(device).chunk(len(parts))
+        values.append(torch.stack([first(own) for first, own in zip(parts, images)]))
+        labels.append(batch["age_group"].to(device).unflatten(0, (len(parts), -1)))
+    return torch.cat(values, 1), torch.cat(labels, 1)
+
+
+def shuffled(values: Tensor, labels: Tensor, batch_size: int, generators):
+    """Endless batches of [K, images, ...] and [K, images], one network's after another's, each in an order of its own."""
+    networks = torch.arange(len(labels), device=labels.device)[:, None]
+    while True:
+        orders = [
+            torch.randperm(labels.shape[1], generator=generator, device=generator.device if generator else "cpu")
+            for generator in generators
+        ]
+        for chosen in torch.stack(orders).to(labels.device).split(batch_size, 1):
+            yield values[networks, chosen].flatten(0, 1), labels[networks, chosen].flatten()
+
+
+@torch.no_grad()
+def answers(net: nn.Module, loader, size: int, parts: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The logits [size, images, classes], the last layer's inputs [size, images, ...] and the labels [size, images] of a
+    loader whose batches have `parts` networks' images.
 
     size: `parts` networks as one answer all of a batch, each its own part; one network answers the first part.
     """
     device = next(net.parameters()).device
     net.eval()
-    logits, labels = [], []
+    seen, logits, labels = [], [], []
+    hook = net.get_submodule(last_layer(net)[0]).register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     for batch in loader:
         count = len(batch["age_group"]) // parts * size
         logits.append(net(batch["image"][:count].to(device)).double().unflatten(0, (size, -1)))
         labels.append(batch["age_group"][:count].to(device).unflatten(0, (size, -1)))
-    return torch.cat(logits, 1), torch.cat(labels, 1)
+    hook.remove()
+    inputs = torch.cat(seen).double().unflatten(1, (size, -1)).transpose(0, 1)
+    return torch.cat(logits, 1), inputs, torch.cat(labels, 1)
 
 
 @torch.no_grad()
 def calibrate(net, members, aim: Tensor, val_loader, forget_loader, config: Config) -> None:
-    """Scale the last layer and move its biases until the validation images of each class are as confident as `aim`
-    [1, classes]; what a class weighs is its share of the forget set. The costs are those of ridge regression."""
-    logits, labels = answers(net, val_loader, len(members), len(members))
+    """Correct the last layer until the validation images of each class are as confident as `aim` [1, classes].
+
+    Scaling the layer would widen the spread over the runs, too. A least-squares fit of the labels is nearly the same for
+    all images, so a multiple of it raises all confidences alike; biases are for differences between classes. One network's
+    confidence in a class is a matter of chance, the more so the fewer its images: hence `prior`. What a class weighs is
+    its share of the forget set.
+    """
+    logits, inputs, labels = answers(net, val_loader, len(members), len(members))
     of_class, mean = classes(labels, logits.shape[-1])
     forget = torch.cat([batch["age_group"].chunk(len(members))[0] for batch in forget_loader]).to(logits.device)
     weight = torch.bincount(forget, minlength=logits.shape[-1]) / len(forget) * of_class.any(1)  # [K, classes]
-    values = logits.new_zeros(len(members), 1 + logits.shape[-1])  # of each network: ln scale, biases
-    cost = torch.tensor([config.scale_cost, *[config.bias_cost] * logits.shape[-1]]).to(logits)
+    own = (mean @ confidences(logits, of_class)[..., None]).squeeze(-1)
+    common = (weight * (aim - own)).sum(1, keepdim=True) / weight.sum(1, keepdim=True).clamp(min=1e-9)
+    trust = of_class.sum(1) / (of_class.sum(1) + config.prior).clamp(min=1e-9)
+    aim = own + common + trust * (aim - own - common)
 
-    def corrected(values: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The scaled logits, these with biases, what is missing in each class, and what it costs in all."""
-        scaled = values[:, :1, None].exp() * logits
-        moved = scaled + values[:, None, 1:]
+    inputs = F.pad(inputs, (0, 1), value=1.0)
+    square = inputs.mT @ inputs
+    ridge = 1e-3 * square.diagonal(dim1=1, dim2=2).mean(1)[:, None, None] * torch.eye(square.shape[1]).to(square)
+    fitted = torch.linalg.solve(square + ridge, inputs.mT @ of_class)  # [K, inputs and 1, classes]
+    raised = inputs @ fitted
+    values = logits.new_zeros(len(members), 1 + logits.shape[-1])  # of each network: the multiple, biases
+    cost = F.pad(config.bias_cost * (weight + 0.01), (1, 0), value=1e-6)
+
+    def corrected(values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The logits, what is missing in each class, and what it costs in all."""
+        moved = logits + values[:, :1, None] * raised + values[:, None, 1:]
         gap = aim - (mean @ confidences(moved, of_class)[..., None]).squeeze(-1)
-        return scaled, moved, gap, (weight * gap**2).sum(1) + (cost * values**2).sum(1)
+        return moved, gap, (weight * gap**2).sum(1) + (cost * values**2).sum(1)
 
     damping = torch.full((len(members), 1, 1), 0.01).to(logits)
     for _ in range(10):  # Levenberg-Marquardt
-        scaled, moved, gap, loss = corrected(values)
+        moved, gap, loss = corrected(values)
         slope = of_class - moved.masked_fill(of_class.bool(), -torch.inf).softmax(-1)  # of the confidences
-        slopes = mean @ torch.cat([(slope * scaled).sum(-1, keepdim=True), slope], -1)  # [K, classes, values]
+        slopes = mean @ torch.cat([(slope * raised).sum(-1, keepdim=True), slope], -1)  # [K, classes, values]
         weighted = (weight[..., None] * slopes).mT
         gain = (weighted @ gap[..., None]).squeeze(-1) - cost * values
-        curvature = weighted @ slopes + cost.diag()
-        tried = values + torch.linalg.solve(curvature + damping * torch.eye(len(cost)).to(logits), gain)
+        curvature = weighted @ slopes + cost.diag_embed()
+        tried = values + torch.linalg.solve(curvature + damping * torch.eye(cost.shape[1]).to(logits), gain)
         better = corrected(tried)[-1] < loss
         values = torch.where(better[:, None], tried, values)
         damping = torch.where(better[:, None, None], damping / 10, damping * 10)
-    for member, value in zip(members, values.float()):
-        layer, scale = last_layer(member), value[0].exp()
-        layer.weight.mul_(scale)
-        layer.bias.mul_(scale).add_(value[1:])
+    for member, value, weights in zip(members, values.float(), fitted.float()):
+        _, layer = last_layer(member)
+        layer.weight.add_(value[0] * weights[:-1].T)
+        layer.bias.add_(value[0] * weights[-1] + value[1:])
 
 
-def last_layer(net: nn.Module) -> nn.Linear:
-    """Raises ValueError if the network has no linear layer with biases at its end."""
-    last = [layer for layer in net.modules() if isinstance(layer, nn.Linear)][-1:]
-    if not last or last[0].bias is None:
+def last_layer(net: nn.Module) -> tuple[str, nn.Linear]:
+    """(its name, the layer). Raises ValueError if the network has no linear layer with biases at its end."""
+    net = getattr(net, "members", [net])[0]
+    last = [(name, layer) for name, layer in net.named_modules() if isinstance(layer, nn.Linear)][-1:]
+    if not last or last[0][1].bias is None:
         raise ValueError("this method needs a network with a linear layer with biases at the end, or calibrate=False")
     return last[0]
 
