@@ -27,7 +27,7 @@ NORM_LAYERS = (nn.BatchNorm2d, nn.LayerNorm, nn.GroupNorm)
 # with twice the images (on a CPU 1.3 to 1.5 times at 45,000 weights): it learns in batches of twice the loader's size. Once
 # the first stage of a ResNet is frozen, a step costs 0.45 to 0.7 of what it did.
 SMALL = 300_000  # weights
-PARTS = {(True, True): 0.28, (True, False): 0.25, (False, True): 0.23, (False, False): 0.18}  # (small, frozen)
+PARTS = {(True, True): 0.33, (True, False): 0.25, (False, True): 0.23, (False, False): 0.18}  # (small, frozen)
 MOST_BYTES = 2**30  # of the first stage's outputs for all images; where they take more it is not frozen
 
 
@@ -176,40 +176,41 @@ def learn(net, members, generators, loader, steps: int, frozen: list[str], confi
     half = steps // 2 if frozen else steps
     batches = chain.from_iterable(repeat(loader))
     fit(((batch["image"].to(device), batch["age_group"].to(device)) for batch in batches), range(half))
-    if frozen:
-        net.eval()
-        kept = outputs([part(member, frozen) for member in members], loader, device)
-        layers = {name: joint.get_submodule(name) for name in frozen}
-        try:
-            for name in frozen:
-                setattr(joint, name, nn.Identity())
-            fit(shuffled(*kept, loader.batch_size, generators), range(half, steps))
-        finally:
-            for name, layer in layers.items():
-                setattr(joint, name, layer)
+    if not frozen:
+        return
+    net.eval()
+    kept = outputs([part(member, frozen) for member in members], loader, device)
+    layers = {name: joint.get_submodule(name) for name in frozen}
+    try:
+        for name in frozen:
+            setattr(joint, name, nn.Identity())
+        fit(shuffled(kept, loader.batch_size, generators), range(half, steps))
+    finally:
+        for name, layer in layers.items():
+            setattr(joint, name, layer)
 
 
 @torch.no_grad()
-def outputs(parts: list[nn.Module], loader, device) -> tuple[Tensor, Tensor]:
-    """What each network's first part makes of each image [K, images, ...], and the labels [K, images]."""
-    values, labels = [], []
+def outputs(parts: list[nn.Module], loader, device) -> list[tuple[Tensor, Tensor]]:
+    """For each network, what its first part makes of all images, and their labels."""
+    kept = [([], []) for _ in parts]
     for batch in loader:
-        images = batch["image"].to(device).chunk(len(parts))
-        values.append(torch.stack([first(own) for first, own in zip(parts, images)]))
-        labels.append(batch["age_group"].to(device).unflatten(0, (len(parts), -1)))
-    return torch.cat(values, 1), torch.cat(labels, 1)
+        images, labels = (batch[name].to(device).chunk(len(parts)) for name in ("image", "age_group"))
+        for k, first in enumerate(parts):
+            kept[k][0].append(first(images[k]))
+            kept[k][1].append(labels[k])
+    return [(torch.cat(values), torch.cat(labels)) for values, labels in kept]
 
 
-def shuffled(values: Tensor, labels: Tensor, batch_size: int, generators):
-    """Endless batches of [K, images, ...] and [K, images], one network's after another's, each in an order of its own."""
-    networks = torch.arange(len(labels), device=labels.device)[:, None]
+def shuffled(kept: list[tuple[Tensor, Tensor]], batch_size: int, generators):
+    """Endless batches of what `outputs` kept, one network's after another's, each in an order of its own."""
     while True:
         orders = [
-            torch.randperm(labels.shape[1], generator=generator, device=generator.device if generator else "cpu")
-            for generator in generators
+            torch.randperm(len(labels), generator=generator, device=labels.device)
+            for (_, labels), generator in zip(kept, generators)
         ]
-        for chosen in torch.stack(orders).to(labels.device).split(batch_size, 1):
-            yield values[networks, chosen].flatten(0, 1), labels[networks, chosen].flatten()
+        for chosen in zip(*(order.split(batch_size) for order in orders)):
+            yield tuple(torch.cat([own[k][rows] for own, rows in zip(kept, chosen)]) for k in (0, 1))
 
 
 @torch.no_grad()
