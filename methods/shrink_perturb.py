@@ -28,6 +28,7 @@ NORM_LAYERS = (nn.BatchNorm2d, nn.LayerNorm, nn.GroupNorm)
 # the first stage of a ResNet is frozen, a step costs 0.45 to 0.7 of what it did.
 SMALL = 300_000  # weights
 PARTS = {(True, True): 0.3, (True, False): 0.25, (False, True): 0.23, (False, False): 0.18}  # (small, frozen)
+TINY, TINY_MORE = 100, 0.05  # images of at most so many pixels hardly add to a small network's step: so much more for them
 MOST_BYTES = 2**30  # of the first stage's outputs for all images; where they take more it is not frozen
 
 
@@ -112,7 +113,8 @@ def budget(net: nn.Module, retain_loader, forget_loader, frozen: bool, config: C
     epochs = (
         next(counters, torch.tensor(0)).item() / math.ceil(examples / retain_loader.batch_size) or config.original_epochs
     )
-    return loader, max(1, round(PARTS[small, frozen] * epochs * len(loader)))
+    tiny = small and retain_loader.dataset[0]["image"][0].numel() <= TINY
+    return loader, max(1, round((PARTS[small, frozen] + tiny * TINY_MORE) * epochs * len(loader)))
 
 
 def rebatched(loader, batch_size: int):

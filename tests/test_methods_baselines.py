@@ -477,7 +477,7 @@ def counting(steps: int) -> nn.Module:
     return net
 
 
-def test_shrink_perturb_learns_for_a_part_of_the_counted_steps():
+def test_shrink_perturb_learns_for_a_part_of_the_counted_steps(monkeypatch):
     parts, config = loaders()[:2], shrink_perturb.Config(original_epochs=20)  # 80 images in all, 5 steps of 16 an epoch
     for frozen in (True, False):
         for epochs in (12, 40):
@@ -489,6 +489,12 @@ def test_shrink_perturb_learns_for_a_part_of_the_counted_steps():
         large = nn.Linear(1000, shrink_perturb.SMALL // 1000)
         loader, steps = shrink_perturb.budget(large, *parts, frozen, config)
         assert loader is parts[0] and steps == round(shrink_perturb.PARTS[False, frozen] * 20 * 4)
+        with monkeypatch.context() as patch:  # as if these images were tiny
+            patch.setattr(shrink_perturb, "TINY", 10**6)
+            _, steps = shrink_perturb.budget(counting(5 * 40), *parts, frozen, config)
+            assert steps == round((shrink_perturb.PARTS[True, frozen] + shrink_perturb.TINY_MORE) * 40 * 2)
+            _, steps = shrink_perturb.budget(large, *parts, frozen, config)
+            assert steps == round(shrink_perturb.PARTS[False, frozen] * 20 * 4)
 
 
 def test_shrink_perturb_freezes_the_first_stage_of_a_resnet(original, monkeypatch):
