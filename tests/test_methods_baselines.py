@@ -477,24 +477,21 @@ def counting(steps: int) -> nn.Module:
     return net
 
 
-def test_shrink_perturb_learns_for_a_part_of_the_counted_steps(monkeypatch):
+@pytest.mark.parametrize("tiny", [True, False])
+@pytest.mark.parametrize("frozen", [True, False])
+def test_shrink_perturb_learns_for_a_part_of_the_counted_steps(frozen, tiny, monkeypatch):
     parts, config = loaders()[:2], shrink_perturb.Config(original_epochs=20)  # 80 images in all, 5 steps of 16 an epoch
-    for frozen in (True, False):
-        for epochs in (12, 40):
-            loader, steps = shrink_perturb.budget(counting(5 * epochs), *parts, frozen, config)
-            assert loader.batch_size == 2 * BATCH  # 60 images in 2 steps an epoch
-            assert steps == round(shrink_perturb.PARTS[True, frozen] * epochs * 2)
-        _, steps = shrink_perturb.budget(nn.Linear(2, 2), *parts, frozen, config)  # counts nothing
-        assert steps == round(shrink_perturb.PARTS[True, frozen] * 20 * 2)
-        large = nn.Linear(1000, shrink_perturb.SMALL // 1000)
-        loader, steps = shrink_perturb.budget(large, *parts, frozen, config)
-        assert loader is parts[0] and steps == round(shrink_perturb.PARTS[False, frozen] * 20 * 4)
-        with monkeypatch.context() as patch:  # as if these images were tiny
-            patch.setattr(shrink_perturb, "TINY", 10**6)
-            _, steps = shrink_perturb.budget(counting(5 * 40), *parts, frozen, config)
-            assert steps == round((shrink_perturb.PARTS[True, frozen] + shrink_perturb.TINY_MORE) * 40 * 2)
-            _, steps = shrink_perturb.budget(large, *parts, frozen, config)
-            assert steps == round(shrink_perturb.PARTS[False, frozen] * 20 * 4)
+    monkeypatch.setattr(shrink_perturb, "TINY", 10**6 if tiny else 1)
+    share = shrink_perturb.PARTS[True, frozen] + tiny * shrink_perturb.TINY_MORE
+    for epochs in (12, 40):
+        loader, steps = shrink_perturb.budget(counting(5 * epochs), *parts, frozen, config)
+        assert loader.batch_size == 2 * BATCH  # 60 images in 2 steps an epoch
+        assert steps == round(share * epochs * 2)
+    _, steps = shrink_perturb.budget(nn.Linear(2, 2), *parts, frozen, config)  # counts nothing
+    assert steps == round(share * 20 * 2)
+    large = nn.Linear(1000, shrink_perturb.SMALL // 1000)
+    loader, steps = shrink_perturb.budget(large, *parts, frozen, config)
+    assert loader is parts[0] and steps == round(shrink_perturb.PARTS[False, frozen] * 20 * 4)
 
 
 def test_shrink_perturb_freezes_the_first_stage_of_a_resnet(original, monkeypatch):
