@@ -92,7 +92,10 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import torch
 from PIL import Image
+from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 from torchvision.models import resnet18
 
@@ -209,6 +212,7 @@ def original_network() -> nn.Module:
 
 # %%
 #: one run, and the runs of one process
+import copy
 import random
 import sys
 import time
