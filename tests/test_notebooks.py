@@ -149,6 +149,29 @@ def test_another_method_in_the_notebook(tmp_path):
             build.build("submission", tmp_path / "other.py")
 
 
+@pytest.mark.parametrize(
+    "path", [ROOT / "unlearning.py", *sorted((ROOT / "methods").glob("[a-z]*.py"))], ids=lambda path: path.stem
+)
+def test_no_notebook_lacks_a_name(path, tmp_path):
+    """Cells must not live on what another method happens to import; `In` is Jupyter's."""
+    notebook = tmp_path / "submission.ipynb"
+    notebook.write_text(build.build("submission", path))
+    command = [
+        sys.executable,
+        "-m",
+        "ruff",
+        "check",
+        "--isolated",
+        "--select",
+        "F821",
+        "--output-format",
+        "json",
+        str(notebook),
+    ]
+    found = json.loads(subprocess.run(command, capture_output=True, text=True).stdout)
+    assert {problem["message"] for problem in found} == {"Undefined name `In`"}
+
+
 def test_edits_are_noticed(tmp_path):
     path = tmp_path / "submission.ipynb"
     path.write_text(build.build("submission"))
