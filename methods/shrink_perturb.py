@@ -75,10 +75,9 @@ def unlearning(net, retain_loader, forget_loader, val_loader, config: Config = C
     frozen = first_stage(members[0], retain_loader.dataset) if config.freeze else []
     loader, steps = budget(members[0], retain_loader, forget_loader, bool(frozen), config)
     if config.calibrate:
-        last_layer(members[0])  # refuses a network that cannot be corrected before anything is trained
-        logits, _, labels = answers(members[0], val_loader, 1, len(members))  # every member still is the original
-        of_class, mean = classes(labels, logits.shape[-1])
-        aim = (mean @ confidences(logits, of_class)[..., None]).squeeze(-1)
+        # Every member still is the original. A network that cannot be corrected is refused here, before any training.
+        logits, _, labels = answers(members[0], val_loader, 1, len(members))
+        aim = confidences(logits, *classes(labels, logits.shape[-1]))
     for member, generator in zip(members, generators):
         shrink_and_perturb(member, config.kept, generator)
     learn(net, members, generators, loader, steps, frozen, config)
@@ -149,7 +148,7 @@ def initialised_like(tensor: Tensor, layer: nn.Module, name: str, generator: tor
 def learn(net, members, generators, loader, steps: int, frozen: list[str], config: Config) -> None:
     """Minimise cross-entropy on the retain set; the `frozen` parts for half of the steps, the others for all."""
     joint = net.get_submodule("")
-    early = [parameter for name in frozen for parameter in joint.get_submodule(name).parameters()]
+    early = [*part(joint, frozen).parameters()]
     late = [parameter for parameter in net.parameters() if all(parameter is not other for other in early)]
     optimizer = torch.optim.SGD(
         [{"params": parameters, "end": end} for parameters, end in ((early, 0.5), (late, 1.0)) if parameters],
@@ -225,12 +224,12 @@ def answers(net: nn.Module, loader, size: int, parts: int) -> tuple[Tensor, Tens
     device = next(net.parameters()).device
     net.eval()
     seen, logits, labels = [], [], []
-    hook = net.get_submodule(last_layer(net)[0]).register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
-    for batch in loader:
-        count = len(batch["age_group"]) // parts * size
-        logits.append(net(batch["image"][:count].to(device)).double().unflatten(0, (size, -1)))
-        labels.append(batch["age_group"][:count].to(device).unflatten(0, (size, -1)))
-    hook.remove()
+    last = net.get_submodule(last_layer(net)[0])
+    with last.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0])):
+        for batch in loader:
+            count = len(batch["age_group"]) // parts * size
+            logits.append(net(batch["image"][:count].to(device)).double().unflatten(0, (size, -1)))
+            labels.append(batch["age_group"][:count].to(device).unflatten(0, (size, -1)))
     inputs = torch.cat(seen).double().unflatten(1, (size, -1)).transpose(0, 1)
     return torch.cat(logits, 1), inputs, torch.cat(labels, 1)
 
@@ -248,7 +247,7 @@ def calibrate(net, members, aim: Tensor, val_loader, forget_loader, config: Conf
     of_class, mean = classes(labels, logits.shape[-1])
     forget = torch.cat([batch["age_group"].chunk(len(members))[0] for batch in forget_loader]).to(logits.device)
     weight = torch.bincount(forget, minlength=logits.shape[-1]) / len(forget) * of_class.any(1)  # [K, classes]
-    own = (mean @ confidences(logits, of_class)[..., None]).squeeze(-1)
+    own = confidences(logits, of_class, mean)
     common = (weight * (aim - own)).sum(1, keepdim=True) / weight.sum(1, keepdim=True).clamp(min=1e-9)
     trust = of_class.sum(1) / (of_class.sum(1) + config.prior).clamp(min=1e-9)
     aim = own + common + trust * (aim - own - common)
@@ -264,7 +263,7 @@ def calibrate(net, members, aim: Tensor, val_loader, forget_loader, config: Conf
     def corrected(values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The logits, what is missing in each class, and what it costs in all."""
         moved = logits + values[:, :1, None] * raised + values[:, None, 1:]
-        gap = aim - (mean @ confidences(moved, of_class)[..., None]).squeeze(-1)
+        gap = aim - confidences(moved, of_class, mean)
         return moved, gap, (weight * gap**2).sum(1) + (cost * values**2).sum(1)
 
     damping = torch.full((len(members), 1, 1), 0.01).to(logits)
@@ -300,6 +299,7 @@ def classes(labels: Tensor, count: int) -> tuple[Tensor, Tensor]:
     return of_class, (of_class / of_class.sum(1, keepdim=True).clamp(min=1)).mT
 
 
-def confidences(logits: Tensor, of_class: Tensor) -> Tensor:
-    """ln p / (1 - p) of the true classes, [K, images]."""
-    return (logits * of_class).sum(-1) - logits.masked_fill(of_class.bool(), -torch.inf).logsumexp(-1)
+def confidences(logits: Tensor, of_class: Tensor, mean: Tensor) -> Tensor:
+    """ln p / (1 - p) of the true classes, its mean over the images of each class [K, classes]."""
+    each = (logits * of_class).sum(-1) - logits.masked_fill(of_class.bool(), -torch.inf).logsumexp(-1)
+    return (mean @ each[..., None]).squeeze(-1)

@@ -156,19 +156,8 @@ def test_no_notebook_lacks_a_name(path, tmp_path):
     """Cells must not live on what another method happens to import; `In` is Jupyter's."""
     notebook = tmp_path / "submission.ipynb"
     notebook.write_text(build.build("submission", path))
-    command = [
-        sys.executable,
-        "-m",
-        "ruff",
-        "check",
-        "--isolated",
-        "--select",
-        "F821",
-        "--output-format",
-        "json",
-        str(notebook),
-    ]
-    found = json.loads(subprocess.run(command, capture_output=True, text=True).stdout)
+    options = ["-m", "ruff", "check", "--isolated", "--select", "F821", "--output-format", "json"]
+    found = json.loads(subprocess.run([sys.executable, *options, notebook], capture_output=True, text=True).stdout)
     assert {problem["message"] for problem in found} == {"Undefined name `In`"}
 
 
