@@ -51,7 +51,7 @@ def operations(work: Callable[[], object]) -> int:
 def starting_kits_loop(data: Data, recipe: Recipe) -> None:
     """Train one network as the competition's starting kit does: a DataLoader that collates samples, `.item()` after each
     batch."""
-    net = recipe.network(data.classes, image_size(data)).train()
+    net = recipe.network(data.classes, image_size(data)).to(data.retain.images.device).train()
     optimizer = torch.optim.SGD(net.parameters(), recipe.learning_rate, 0.9, weight_decay=recipe.weight_decay)
     for _ in range(EPOCHS):
         total = 0.0

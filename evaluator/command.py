@@ -19,7 +19,7 @@ OPTIONS = {
     "runs": dict(type=int, default=512, help="N, the number of networks of each kind (default: %(default)s)"),
     "second-pool": dict(action="store_true", help="measure the ceiling, with N more retrained networks"),
     "attacks": dict(action="store_true", help="also run other membership-inference attacks and print them beside the score"),
-    "jobs": dict(type=int, help="processes (default: one per core, or one per GPU)"),
+    "jobs": dict(type=int, help="processes (default: one per core; one per GPU, more for single networks)"),
     "device": dict(default="auto", help="cpu, cuda, or auto: a GPU where one works (default)"),
     "dask": dict(metavar="ADDRESS", help="make the runs on the workers of this Dask scheduler, such as tcp://10.0.0.1:8786"),
     "time-limit": dict(type=float, metavar="SECONDS", help="stop with an error when a run takes longer"),

@@ -155,17 +155,20 @@ class Loader(DataLoader):
         self.shuffles = shuffle
 
     def __iter__(self) -> Iterator[dict]:
+        for indices in self.orders().cpu().split(self.batch_size, dim=1):
+            yield self.dataset.batch(indices.flatten())
+
+    def orders(self) -> Tensor:
+        """Each member's order of the next epoch: [K, examples], where its generator is."""
         count = len(self.dataset)
-        orders = torch.stack(
+        return torch.stack(
             [
                 torch.randperm(count, generator=generator, device=generator.device if generator else "cpu")
                 if self.shuffles
                 else torch.arange(count)
                 for generator in self.generators
             ]
-        ).cpu()
-        for indices in orders.split(self.batch_size, dim=1):
-            yield self.dataset.batch(indices.flatten())
+        )
 
     def with_batch_size(self, batch_size: int) -> "Loader":
         """The same examples and randomness in batches of another size."""

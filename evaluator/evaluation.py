@@ -24,6 +24,7 @@ from evaluator.runs import Setting, cost, gpus, retrained_pool, retraining_secon
 from evaluator.training import Recipe, original_is_given, original_network, own_model
 
 HERE = Path(__file__).resolve().parent.parent
+SINGLE_JOBS = 8  # per GPU: in so many processes, networks that are made one at a time take less than half as long
 MOST_RUNS, MOST_JOBS = 5000, 256  # the metric's table of N² epsilons takes 200 MB at 5,000
 
 
@@ -60,8 +61,9 @@ class Evaluation:
         model: str | None = None,
         dask: str | None = None,
     ) -> "Evaluation":
-        """data: a name under data/, or any folder in that layout. jobs: processes; None: one per core, or one per GPU. dask:
-        the address of a scheduler whose workers make the runs.
+        """data: a name under data/, or any folder in that layout. jobs: processes; None: one per core. With GPUs,
+        None means one per GPU, and up to SINGLE_JOBS where networks are made one at a time. dask: the address of a
+        scheduler whose workers make the runs.
 
         Raises Problem when a value cannot be used.
         """
@@ -71,14 +73,17 @@ class Evaluation:
             raise Problem(f"--jobs {jobs}: must be 1 to {MOST_JOBS} processes")
         if time_limit is not None and not time_limit > 0:
             raise Problem(f"--time-limit {time_limit:g}: must be more than 0 seconds")
+        single_jobs = None
         if dask:
             if jobs is not None:
                 raise Problem(f"--jobs {jobs}: the workers of --dask say themselves how many runs they make at once")
             own_device, (device, jobs) = working_device("auto"), cluster.workers(dask, device)
         else:
             own_device = device = working_device(device)
-            jobs = jobs or (len(gpus()) if device == "cuda" else joblib.cpu_count())
-        setting = Setting(Path(results).absolute(), jobs, device, own_device, dask, time_limit, keep_networks)
+            if device == "cuda" and jobs is None:  # K networks at once keep a GPU busy, a single one does not
+                jobs, single_jobs = len(gpus()), max(len(gpus()), min(joblib.cpu_count(), SINGLE_JOBS * len(gpus())))
+            jobs = jobs or joblib.cpu_count()
+        setting = Setting(Path(results).absolute(), jobs, device, own_device, dask, time_limit, keep_networks, single_jobs)
         return cls(data_folder(data), split, setting, runs, second_pool, attacks, model)
 
     @cached_property

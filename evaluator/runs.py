@@ -42,6 +42,7 @@ class Setting:
     dask: str | None = None  # the address of a scheduler whose workers make the runs
     time_limit: float | None = None  # seconds per run
     keep_networks: bool = False
+    single_jobs: int | None = None  # processes for runs that are made one network at a time, if not `jobs`
 
     def results_of(self, data: Data, name: str) -> Path:
         return self.results / data.name / data.split / name
@@ -113,11 +114,12 @@ def _made_from(kind: str, data: Data, recipe: Recipe) -> dict:
     return {"kind": kind, "data": data.digest, "recipe": recipe.made_from}
 
 
-def _each(setting: Setting, job: Callable, tasks: list, name: Callable[[object], str]) -> Iterator:
-    """Yield job(task) for every task, in the order they finish: here, on all GPUs, or on a cluster."""
+def _each(setting: Setting, job: Callable, tasks: list, name: Callable[[object], str], networks: int = 1) -> Iterator:
+    """Yield job(task) for every task, in the order they finish: here, on all GPUs, or on a cluster. networks: of a task."""
     if setting.dask:
         return cluster.on_workers(job, tasks, setting.dask, name)
-    return in_processes(job, tasks, setting.jobs, name, gpus() if setting.device == "cuda" else ())
+    processes = setting.single_jobs or setting.jobs if networks == 1 else setting.jobs
+    return in_processes(job, tasks, processes, name, gpus() if setting.device == "cuda" else ())
 
 
 def _elsewhere(setting: Setting, job: Callable, task: object, name: str) -> object:
@@ -152,9 +154,12 @@ class _Retraining(_Work):
     kind: str
 
     def __call__(self, task: list[int]) -> list[Made]:
+        torch.backends.cudnn.benchmark = True  # of several ways to convolve, the fastest: the shapes hardly ever change
         with one_thread():
             start = time.perf_counter()
             ensemble = retrain(self.here, self.recipe, [FIRST_SEED[self.kind] + run for run in task])
+            if self.setting.device == "cuda":
+                torch.cuda.synchronize()
             return _left(self.setting, self.pool, task, ensemble, time.perf_counter() - start, self.here)
 
 
@@ -239,7 +244,7 @@ def _work_through(works: list[_Work], runs: range, size: int, what: str, named: 
     if not tasks:
         return
     job = _Together(works, named)
-    outcomes = _each(works[0].setting, job, tasks, lambda task: f"{what}: {run_names(task[1])}")
+    outcomes = _each(works[0].setting, job, tasks, lambda task: f"{what}: {run_names(task[1])}", size)
     with progress(Path(what).stem, size * len(tasks), "run") as bar, contextlib.closing(outcomes):
         for which, made in outcomes:
             _keep(works[which].pool, made)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from evaluator.cuda_graph import Captured
 from evaluator.data import BOOLEAN, Allowed, Data, Examples, Loader, check, integer, number, one_of, say
 from evaluator.ensemble import Ensemble, obstacle
 from evaluator.files import Problem, read_json, write_bytes, write_json
@@ -119,20 +120,28 @@ def generators(seeds: Sequence[int], device: torch.device | str) -> list[torch.G
 
 
 def train(
-    net: nn.Module, examples: Examples, recipe: Recipe, class_counts: Tensor, sources: list[torch.Generator]
+    net: nn.Module,
+    examples: Examples,
+    recipe: Recipe,
+    class_counts: Tensor,
+    sources: list[torch.Generator],
+    capture: bool = False,
 ) -> Iterator[tuple[int, int]]:
     """Train a network, or an ensemble with one of `sources` per member, in place, from its present weights.
 
+    capture: run the steps from CUDA graphs; for tensors on a GPU.
     A generator: yields (steps done, steps in all) after each step, so that the caller can show or end the training.
     """
     loader = Loader(examples, recipe.batch_size, sources)
     steps = recipe.epochs * len(loader)
+    # A graph reads the rate from the GPU's memory.
+    rate = torch.tensor(recipe.learning_rate, device=examples.images.device) if capture else recipe.learning_rate
     if recipe.optimizer == "adam":
-        optimizer = torch.optim.Adam(net.parameters(), recipe.learning_rate, weight_decay=recipe.weight_decay, fused=True)
-    else:
-        optimizer = torch.optim.SGD(
-            net.parameters(), recipe.learning_rate, 0.9, weight_decay=recipe.weight_decay, nesterov=True, fused=True
+        optimizer = torch.optim.Adam(
+            net.parameters(), rate, weight_decay=recipe.weight_decay, fused=True, capturable=capture
         )
+    else:
+        optimizer = torch.optim.SGD(net.parameters(), rate, 0.9, weight_decay=recipe.weight_decay, nesterov=True, fused=True)
     if recipe.schedule == "cosine":
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     else:
@@ -145,16 +154,22 @@ def train(
             cycle_momentum=False,
         )
     weight = 1 / class_counts.clamp(min=1) if recipe.class_weighted else None
+
+    def step(rows: Tensor) -> None:
+        optimizer.zero_grad()
+        logits = net(examples.images[rows].float())
+        _mean_loss(logits, examples.age_group[rows], weight, len(sources)).backward()
+        optimizer.step()
+
+    step = Captured(step, sources) if capture else step
     done = 0
     net.train()
     for _ in range(recipe.epochs):
-        for batch in loader:
+        for rows in loader.orders().split(recipe.batch_size, dim=1):
             done += 1
             # A last batch of one image is skipped: batch norm needs more than one value.
-            if len(batch["image"]) > len(sources):
-                optimizer.zero_grad()
-                _mean_loss(net(batch["image"]), batch["age_group"], weight, len(sources)).backward()
-                optimizer.step()
+            if rows.shape[1] > 1:
+                step(rows.flatten())
             schedule.step()
             yield done, steps
     net.eval()
@@ -246,7 +261,8 @@ def retrain(data: Data, recipe: Recipe, seeds: Sequence[int]) -> Ensemble:
     for member, source in zip(ensemble.members, sources, strict=True):
         initialise(member, source, build)
     with seeded(seeds[0], device):  # an ensemble of one may hold layers that draw from torch's global generator
-        for _ in train(ensemble, data.retain, recipe, data.class_counts, sources):
+        capture = device.type == "cuda" and torch.cuda.is_available()
+        for _ in train(ensemble, data.retain, recipe, data.class_counts, sources, capture):
             pass
     return ensemble
 

@@ -130,8 +130,7 @@ def test_retrained_networks_are_those_of_the_cpu(optimizer, small):
 
 def test_no_step_of_a_retraining_waits(small):
     data, recipe = small
-    few, many = (waits_of_training(data, dataclasses.replace(recipe, batch_size=size)) for size in (200, 20))
-    assert few == many == {"to the CPU": recipe.epochs}  # the order of the images, once per epoch
+    assert waits_of_training(data, recipe) == {}
 
 
 @pytest.mark.parametrize("model", ["resnet18", "vgg11_bn", "squeezenet1_1"])

@@ -1,0 +1,79 @@
+"""On a real GPU: training from CUDA graphs, and a whole evaluation. Skipped where there is none."""
+
+import dataclasses
+import json
+import shutil
+
+import pytest
+import torch
+
+import evaluate
+from evaluator.data import load
+from evaluator.ensemble import Ensemble
+from evaluator.evaluation import HERE, Evaluation
+from evaluator.models import initialise
+from evaluator.training import Recipe, generators, train
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here: CUDA graphs need one")
+
+
+@pytest.fixture(autouse=True)
+def exact(monkeypatch):
+    """Convolutions in whole float32, by kernels that always add in the same order."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+
+
+def trained(data, recipe: Recipe, size: int, capture: bool) -> tuple[dict[str, torch.Tensor], int]:
+    sources = generators(range(size), "cuda")
+    net = recipe.network(10).to("cuda")
+    net = Ensemble(net, size, sources) if size > 1 else net
+    for member, source in zip(getattr(net, "members", [net]), sources, strict=True):
+        initialise(member, source, lambda: recipe.network(10))
+    torch.manual_seed(0)
+    steps = sum(1 for _ in train(net, data.retain, recipe, data.class_counts, sources, capture))
+    return net.state_dict(), steps
+
+
+@pytest.mark.parametrize(("model", "size"), [("resnet18", 1), ("resnet18", 4), ("mobilenet_v2", 2), ("squeezenet1_1", 1)])
+@pytest.mark.parametrize("optimizer", ["adam", "sgd"])
+def test_a_captured_training_is_the_same_training(model, size, optimizer, small_digits):
+    """Three epochs with a last batch that is smaller; with dropout, from each network's own generator or torch's."""
+    data = load(small_digits, device="cuda")
+    schedule = {"adam": "cosine", "sgd": "one_cycle"}[optimizer]
+    recipe = Recipe(model, 4, True, 3, 100, optimizer, 1e-4, schedule=schedule)
+    if model != "resnet18":
+        images = torch.nn.functional.interpolate(data.retain.images.float(), size=(32, 32)).byte()
+        data = dataclasses.replace(data, retain=dataclasses.replace(data.retain, images=images))
+    assert len(data.retain) % recipe.batch_size
+    (plain, steps), (captured, same) = (trained(data, recipe, size, capture) for capture in (False, True))
+    assert steps == same > 6
+    for name, tensor in plain.items():
+        torch.testing.assert_close(
+            captured[name], tensor, rtol=1e-3, atol=1e-4, msg=lambda text, name=name: f"{name}: {text}"
+        )
+
+
+def test_a_whole_evaluation(small_digits, tmp_path, capsys):
+    data, alone = tmp_path / "small_digits", tmp_path / "alone.py"
+    shutil.copytree(small_digits, data)
+    finetune = HERE / "methods" / "finetune.py"
+    alone.write_text(finetune.read_text().replace("ENSEMBLE = True", "ENSEMBLE = False"))
+    methods = [str(path) for path in (finetune, alone, HERE / "unlearning.py")]
+    where = ["--data", str(data), "--results", str(tmp_path / "results"), "--runs", "8", "--device", "cuda"]
+    assert evaluate.main([*methods, *where]) == 0
+    said = capsys.readouterr()
+    assert "alone" in said.out
+    summaries = [json.loads(path.read_text()) for path in (tmp_path / "results").rglob("summary.json")]
+    assert len(summaries) == 3 and all(summary["runs"] == 8 for summary in summaries)
+    times = {path: path.stat().st_mtime_ns for path in (tmp_path / "results").rglob("run_*.npz")}
+    assert evaluate.main([*methods, *where]) == 0
+    assert times == {path: path.stat().st_mtime_ns for path in (tmp_path / "results").rglob("run_*.npz")}
+
+
+def test_networks_that_are_made_one_at_a_time_get_more_processes(small_digits, tmp_path):
+    def setting(jobs: int | None):
+        return Evaluation.of(str(small_digits), results=tmp_path, jobs=jobs, device="cuda").setting
+
+    assert setting(None).jobs == torch.cuda.device_count() <= setting(None).single_jobs
+    assert (setting(3).jobs, setting(3).single_jobs) == (3, None)
