@@ -48,16 +48,16 @@ def operations(work: Callable[[], object]) -> int:
     return counter.get_total_flops()
 
 
-def starting_kits_loop(data: Data, recipe: Recipe) -> None:
+def starting_kits_loop(data: Data, recipe: Recipe, device: str = "cpu") -> None:
     """Train one network as the competition's starting kit does: a DataLoader that collates samples, `.item()` after each
-    batch."""
-    net = recipe.network(data.classes, image_size(data)).to(data.retain.images.device).train()
+    batch. device: of the network; the data is in the CPU's memory."""
+    net = recipe.network(data.classes, image_size(data)).to(device).train()
     optimizer = torch.optim.SGD(net.parameters(), recipe.learning_rate, 0.9, weight_decay=recipe.weight_decay)
     for _ in range(EPOCHS):
         total = 0.0
         for batch in DataLoader(data.retain, recipe.batch_size, shuffle=True):
             optimizer.zero_grad()
-            loss = F.cross_entropy(net(batch["image"]), batch["age_group"])
+            loss = F.cross_entropy(net(batch["image"].to(device)), batch["age_group"].to(device))
             loss.backward()
             optimizer.step()
             total += loss.item()

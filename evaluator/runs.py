@@ -154,7 +154,6 @@ class _Retraining(_Work):
     kind: str
 
     def __call__(self, task: list[int]) -> list[Made]:
-        torch.backends.cudnn.benchmark = True  # of several ways to convolve, the fastest: the shapes hardly ever change
         with one_thread():
             start = time.perf_counter()
             ensemble = retrain(self.here, self.recipe, [FIRST_SEED[self.kind] + run for run in task])

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from evaluator.convolution import Products
 from evaluator.ensemble import Ensemble
 from evaluator.models import initialise, resnet18
 
@@ -262,3 +263,28 @@ def test_an_ensemble_of_one():
 def test_a_layer_it_does_not_know_is_refused(layer):
     with pytest.raises(TypeError, match=type(layer).__name__):
         Ensemble(nn.Sequential(nn.Conv2d(3, 3, 3), nn.ReLU(), layer), 2)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "stride", "padding", "side"),
+    [
+        ((3, 3), (1, 1), (1, 1), 4),
+        ((3, 3), (2, 2), (1, 1), 4),
+        ((7, 7), (2, 2), (3, 3), 9),
+        ((1, 1), (2, 2), (0, 0), 5),
+        ((1, 1), (1, 1), (0, 0), 1),
+        ((2, 2), (1, 1), (0, 0), 2),
+        ((3, 1), (1, 2), (0, 1), 6),
+    ],
+)
+def test_a_convolution_as_matrix_products(kernel, stride, padding, side):
+    x, weight = torch.randn(3, 4 * 2, side, side + 1, dtype=torch.double), torch.randn(4 * 5, 2, *kernel, dtype=torch.double)
+    x, weight = (tensor.to(memory_format=torch.channels_last).requires_grad_() for tensor in (x, weight))
+    expected = F.conv2d(x, weight, None, stride, padding, groups=4)
+    found = Products.apply(x, weight, stride, padding, 4)
+    torch.testing.assert_close(found, expected)
+    gradient = torch.randn_like(expected)
+    for one, other in zip(
+        torch.autograd.grad(found, (x, weight), gradient), torch.autograd.grad(expected, (x, weight), gradient), strict=True
+    ):
+        torch.testing.assert_close(one, other)

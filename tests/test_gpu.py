@@ -8,11 +8,12 @@ import pytest
 import torch
 
 import evaluate
+from evaluator import convolution
 from evaluator.data import load
 from evaluator.ensemble import Ensemble
 from evaluator.evaluation import HERE, Evaluation
 from evaluator.models import initialise
-from evaluator.training import Recipe, generators, train
+from evaluator.training import Recipe, generators, quickest_kernels, train
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here: CUDA graphs need one")
 
@@ -52,6 +53,27 @@ def test_a_captured_training_is_the_same_training(model, size, optimizer, small_
         torch.testing.assert_close(
             captured[name], tensor, rtol=1e-3, atol=1e-4, msg=lambda text, name=name: f"{name}: {text}"
         )
+
+
+@pytest.mark.parametrize("products", [True, False])
+def test_either_way_to_convolve_gives_the_same_training(products, small_digits, monkeypatch):
+    asked = []
+    monkeypatch.setattr(convolution, "_quicker_as_products", lambda *size: asked.append(size) or products)
+    data, recipe = load(small_digits, device="cuda"), Recipe("resnet18", 8, True, 2, 100, learning_rate=1e-4)
+    plain, _ = trained(data, recipe, 4, False)
+    assert not asked
+    with quickest_kernels():
+        found, _ = trained(data, recipe, 4, True)
+    assert asked
+    for name, tensor in plain.items():
+        torch.testing.assert_close(found[name], tensor, rtol=1e-3, atol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_the_quickest_way_is_found_without_the_global_generator():
+    before = torch.cuda.get_rng_state()
+    size = (64, 16 * 64, 1, 1), (16 * 64, 64, 1, 1), (1, 1), (0, 0), 16, True, torch.device("cuda", 0)
+    assert isinstance(convolution._quicker_as_products(*size), bool)
+    assert torch.equal(before, torch.cuda.get_rng_state())
 
 
 def test_a_whole_evaluation(small_digits, tmp_path, capsys):
