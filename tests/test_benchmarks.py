@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import bench, evaluation, experiments, ladder, leaderboard, profile_training, scaling, yardsticks
+from benchmarks import bench, evaluation, experiments, gpu, ladder, leaderboard, profile_training, scaling, yardsticks
 from evaluator import forget_sets, tuning
 from evaluator.ensemble import Ensemble
 from evaluator.evaluation import HERE, Evaluation
@@ -282,3 +282,10 @@ def test_what_the_knobs_do(data, results, tmp_path, monkeypatch, capsys):
     assert list(rows) == ["kept=0.0", "kept=0.95", "calibrate=False"]
     spreads = [float(rows[name][-2]) for name in ("kept=0.0", "kept=0.95")]
     assert spreads[0] > spreads[1]  # who keeps more has runs that are more alike
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here: the benchmark would measure it")
+def test_the_gpus_benchmark_needs_one(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["gpu"])
+    with pytest.raises(SystemExit, match="error: --device cuda: the GPU does not work with this torch"):
+        gpu.main()
