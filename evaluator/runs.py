@@ -154,12 +154,16 @@ class _Retraining(_Work):
     kind: str
 
     def __call__(self, task: list[int]) -> list[Made]:
-        with one_thread():
-            start = time.perf_counter()
-            ensemble = retrain(self.here, self.recipe, [FIRST_SEED[self.kind] + run for run in task])
-            if self.setting.device == "cuda":
-                torch.cuda.synchronize()
-            return _left(self.setting, self.pool, task, ensemble, time.perf_counter() - start, self.here)
+        try:
+            with one_thread():
+                start = time.perf_counter()
+                ensemble = retrain(self.here, self.recipe, [FIRST_SEED[self.kind] + run for run in task])
+                if self.setting.device == "cuda":
+                    torch.cuda.synchronize()
+                return _left(self.setting, self.pool, task, ensemble, time.perf_counter() - start, self.here)
+        except torch.cuda.OutOfMemoryError as error:
+            fewer = "fewer --jobs, or a smaller networks_at_once in the recipe"
+            raise Problem(f"{self.kind}: {run_names(task)}: the GPU's memory ran out: {fewer}") from error
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ from evaluator.attacks import ATTACKS
 from evaluator.data import Data, Loader, load
 from evaluator.ensemble import Ensemble
 from evaluator.evaluation import HERE
+from evaluator.files import Problem
 from evaluator.method import Diverged, Method
 from evaluator.metric import best_attacks, epsilons, forgetting_quality, logit_scaled_confidence
 from evaluator.pool import Pool, answers
@@ -136,13 +137,25 @@ def test_no_step_of_a_retraining_waits(small):
 @pytest.mark.parametrize("model", ["resnet18", "vgg11_bn", "squeezenet1_1"])
 def test_every_kind_of_network(model):
     recipe = Recipe(model=model, width=4)
-    with PretendGPU():
+    with PretendGPU() as gpu:
         net = recipe.network(10).to("cuda")
         sources = generators([0, 1], "cuda")
         net = Ensemble(net, 2, sources) if model != "squeezenet1_1" else net  # which trains one at a time
         images = torch.zeros(8, 3, 32, 32, device="cuda")
+        gpu.waits.clear()
         F.cross_entropy(net(images), torch.zeros(8, dtype=torch.long, device="cuda")).backward()
+        assert not gpu.waits  # such a step cannot become a CUDA graph
         assert {parameter.grad.device.type for parameter in net.parameters()} == {"cuda"}
+
+
+def test_too_little_memory_is_one_line(small, tmp_path, monkeypatch):
+    def full(*_):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(runs, "retrain", full)
+    work = runs._Retraining(runs.Setting(tmp_path, 1), Pool(tmp_path / "pool", {}), *small, "retrained")
+    with pytest.raises(Problem, match="retrained: runs 0 to 1: the GPU's memory ran out: fewer --jobs"):
+        work([0, 1])
 
 
 @pytest.mark.parametrize("path", METHODS, ids=lambda path: path.stem)
