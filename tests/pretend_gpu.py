@@ -40,6 +40,7 @@ class PretendGPU(TorchFunctionMode):
         self.patches = contextlib.ExitStack()
         self.patches.enter_context(mock.patch.object(torch, "Generator", _Generator))
         for name, replacement in {
+            "is_available": lambda: False,  # CUDA graphs, which need a real one, are not tried
             "synchronize": lambda device=None: self.waits.update(["synchronize"]),
             "get_rng_state": lambda device=None: torch.get_rng_state(),
             "set_rng_state": lambda state, device=None: None,
