@@ -138,9 +138,7 @@ def unlearning(bench: Bench) -> Iterator[Row]:
     data, recipe, runs = bench.evaluation.data, bench.evaluation.recipe, bench.networks
     original = original_network(data, recipe)
     method = Method.read(HERE / "unlearning.py", data.name)
-    alone = bench.folder / "alone.py"  # like any file that does not say that it can take K networks at once
-    alone.write_text(method.path.read_text().replace("ENSEMBLE = True", "ENSEMBLE = False"))
-    one_by_one = Method.read(alone, data.name)
+    one_by_one = Method.read(yardsticks.one_at_a_time(method.path, bench.folder), data.name)
     with one_thread():
         loop, processes, at_once = medians(
             lambda: yardsticks.unlearning_in_a_loop(data, recipe, original, runs),

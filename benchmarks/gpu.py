@@ -28,20 +28,15 @@ from evaluator.method import Method
 from evaluator.runs import Setting, unlearned_pool
 from evaluator.training import Recipe, generators, image_size, quickest_kernels, train
 
+sys.path.insert(0, str(HERE / "data"))
+from digits import RECIPE
+
 NETWORKS = 512
 IMAGES = 6_400  # made here; steps are timed, so there need not be all
-DIGITS = Recipe(
-    width=4,
-    small_images=True,
-    epochs=12,
-    batch_size=32,
-    optimizer="sgd",
-    learning_rate=0.1,
-    weight_decay=5e-4,
-    schedule="one_cycle",
-    class_weighted=False,
-)
-SIZES = {"competition": (Recipe(), 32, 45_000), "digits": (DIGITS, 8, 1_257)}  # recipe, side of the images, retain images
+SIZES = {
+    "competition": (Recipe(), 32, 45_000),
+    "digits": (Recipe(**RECIPE), 8, 1_257),
+}  # recipe, side of the images, retain images
 
 
 def noise(count: int, side: int, seed: int) -> Examples:
@@ -108,8 +103,7 @@ def retraining(name: str) -> Iterator[Row]:
 def single_runs(folder: Path, runs: int = 16) -> Iterator[Row]:
     recipe, side, _ = SIZES["competition"]
     data, original = noise_data(side), recipe.network(10).eval()
-    path = folder / "finetune.py"
-    path.write_text((HERE / "methods" / "finetune.py").read_text().replace("ENSEMBLE = True", "ENSEMBLE = False"))
+    path = yardsticks.one_at_a_time(HERE / "methods" / "finetune.py", folder)
     method = Method.read(path, values={"epochs": 2.0})
     taken = {}
     for jobs in (1, SINGLE_JOBS):

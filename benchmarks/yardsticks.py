@@ -5,6 +5,7 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -81,6 +82,13 @@ def unlearning_in_a_loop(data: Data, recipe: Recipe, original: nn.Module, runs: 
     for run in range(runs):
         torch.manual_seed(run)
         unlearn(data, recipe, copy.deepcopy(original))
+
+
+def one_at_a_time(method: Path, folder: Path) -> Path:
+    """The method in a folder, like any file that does not say that it can take K networks at once."""
+    alone = folder / "alone.py"
+    alone.write_text(method.read_text().replace("ENSEMBLE = True", "ENSEMBLE = False"))
+    return alone
 
 
 def compared_epsilon(unlearned: Tensor, retrained: Tensor) -> float:

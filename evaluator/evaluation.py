@@ -81,7 +81,8 @@ class Evaluation:
         else:
             own_device = device = working_device(device)
             if device == "cuda" and jobs is None:  # K networks at once keep a GPU busy, a single one does not
-                jobs, single_jobs = len(gpus()), max(len(gpus()), min(joblib.cpu_count(), SINGLE_JOBS * len(gpus())))
+                jobs = len(gpus())
+                single_jobs = max(jobs, min(joblib.cpu_count(), SINGLE_JOBS * jobs))
             jobs = jobs or joblib.cpu_count()
         setting = Setting(Path(results).absolute(), jobs, device, own_device, dask, time_limit, keep_networks, single_jobs)
         return cls(data_folder(data), split, setting, runs, second_pool, attacks, model)

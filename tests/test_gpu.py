@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import evaluate
+from benchmarks.yardsticks import one_at_a_time
 from evaluator import convolution
 from evaluator.data import load
 from evaluator.ensemble import Ensemble
@@ -36,6 +37,11 @@ def trained(data, recipe: Recipe, size: int, capture: bool) -> tuple[dict[str, t
     return net.state_dict(), steps
 
 
+def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=1e-3, atol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
+
+
 @pytest.mark.parametrize(("model", "size"), [("resnet18", 1), ("resnet18", 4), ("mobilenet_v2", 2), ("squeezenet1_1", 1)])
 @pytest.mark.parametrize("optimizer", ["adam", "sgd"])
 def test_a_captured_training_is_the_same_training(model, size, optimizer, small_digits):
@@ -49,10 +55,7 @@ def test_a_captured_training_is_the_same_training(model, size, optimizer, small_
     assert len(data.retain) % recipe.batch_size
     (plain, steps), (captured, same) = (trained(data, recipe, size, capture) for capture in (False, True))
     assert steps == same > 6
-    for name, tensor in plain.items():
-        torch.testing.assert_close(
-            captured[name], tensor, rtol=1e-3, atol=1e-4, msg=lambda text, name=name: f"{name}: {text}"
-        )
+    assert_same(captured, plain)
 
 
 @pytest.mark.parametrize("products", [True, False])
@@ -65,8 +68,7 @@ def test_either_way_to_convolve_gives_the_same_training(products, small_digits, 
     with quickest_kernels():
         found, _ = trained(data, recipe, 4, True)
     assert asked
-    for name, tensor in plain.items():
-        torch.testing.assert_close(found[name], tensor, rtol=1e-3, atol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
+    assert_same(found, plain)
 
 
 def test_the_quickest_way_is_found_without_the_global_generator():
@@ -77,10 +79,9 @@ def test_the_quickest_way_is_found_without_the_global_generator():
 
 
 def test_a_whole_evaluation(small_digits, tmp_path, capsys):
-    data, alone = tmp_path / "small_digits", tmp_path / "alone.py"
+    data, finetune = tmp_path / "small_digits", HERE / "methods" / "finetune.py"
     shutil.copytree(small_digits, data)
-    finetune = HERE / "methods" / "finetune.py"
-    alone.write_text(finetune.read_text().replace("ENSEMBLE = True", "ENSEMBLE = False"))
+    alone = one_at_a_time(finetune, tmp_path)
     methods = [str(path) for path in (finetune, alone, HERE / "unlearning.py")]
     where = ["--data", str(data), "--results", str(tmp_path / "results"), "--runs", "8", "--device", "cuda"]
     assert evaluate.main([*methods, *where]) == 0
