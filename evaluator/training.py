@@ -23,6 +23,7 @@ from evaluator.progress import progress
 
 ORIGINAL_SEED = 0
 MOST_WEIGHTS = 180_000_000  # in an ensemble, if the recipe does not say how many networks share one: those of 16 ResNet-18
+FEW_IMAGES = 4  # a last batch of fewer is warned of: the batch norm of two images spoils the whole training
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,12 @@ class Recipe:
             most, why = max(1, min(most, MOST_WEIGHTS // weights)), f"each has {weights / 1e6:.0f} million weights"
         if most == 1 < recipe.networks_at_once:
             say(f"{recipe.model}: the networks are trained one at a time: {why}")
+        last = len(data.retain) % recipe.batch_size
+        if 0 < last < FEW_IMAGES:
+            say(
+                f"warning: {data.folder}, {data.split} split: the last batch of an epoch has {last} of {recipe.batch_size} "
+                "images, too few for batch norm: networks come out worse; give the recipe another batch_size"
+            )
         return dataclasses.replace(recipe, networks_at_once=most)
 
     @property

@@ -125,11 +125,17 @@ def rebatched(loader, batch_size: int):
 
 @torch.no_grad()
 def shrink_and_perturb(net: nn.Module, kept: float, generator: torch.Generator | None) -> None:
-    """Each weight becomes kept · old + √(1 − kept²) · fresh; of batch norm, kept · old + (1 − kept) · fresh."""
+    """Each weight becomes kept · old + √(1 − kept²) · fresh; of batch norm, kept · old + (1 − kept) · fresh.
+
+    The weights of a layer are first brought to the size that fresh ones have: weight decay can have made them many times
+    smaller, and `kept` is to mean the same for all layers and networks. In front of batch norm the size has no effect.
+    """
     for layer in net.modules():
+        constant = isinstance(layer, NORM_LAYERS)
         for name, old in layer.named_parameters(recurse=False):
             fresh = initialised_like(old, layer, name, generator)
-            constant = isinstance(layer, NORM_LAYERS)
+            if name == "weight" and not constant:
+                old.mul_(fresh.norm() / old.norm().clamp(min=1e-12))
             old.mul_(kept).add_(fresh, alpha=1 - kept if constant else math.sqrt(1 - kept**2))
 
 

@@ -8,7 +8,7 @@ import torch
 from layout import DataSet
 
 from evaluator.data import load, splits
-from evaluator.training import Recipe
+from evaluator.training import FEW_IMAGES, Recipe
 
 
 @pytest.fixture(scope="module")
@@ -31,8 +31,13 @@ def test_the_label_is_a_function_of_the_person(made):
     assert (made.table.age // 8 == made.table.age_group).all()  # groups of equal width
 
 
-def test_the_first_class_dominates():
-    group = faces.faces(sets=0).table.age_group
+@pytest.fixture(scope="module")
+def shipped() -> DataSet:
+    return faces.faces()
+
+
+def test_the_first_class_dominates(shipped):
+    group = shipped.table.age_group
     shares = group.value_counts(normalize=True).sort_index()
     assert len(shares) == 10 and shares[0] > 0.4 and shares[:2].sum() > 0.6 and shares[5:].sum() < 0.15
 
@@ -48,6 +53,12 @@ def test_a_forget_set_is_whole_people_of_the_first_two_classes(made):
         assert 0.02 * len(train) <= len(rows) < 0.02 * len(train) + faces.FRAMES[1]
         assert not seen & people
         seen |= people
+
+
+def test_every_last_batch_is_large_enough(shipped):
+    for name, rows in shipped.forget.items():
+        for part in (rows, np.setdiff1d(shipped.train, rows)):
+            assert len(part) % shipped.recipe["batch_size"] not in range(1, FEW_IMAGES), name
 
 
 def test_frames_of_a_person_are_near_duplicates_and_never_equal(made):

@@ -453,19 +453,28 @@ def test_sfr_on_rate_falls_along_a_cosine(original):
 # shrink_perturb
 
 
-def test_shrink_perturb_keeps_the_variance_of_the_weights(original):
-    """Of weights that were drawn at random, whatever is kept of them; batch norm moves towards its first values."""
+@pytest.mark.parametrize("decayed", [1.0, 0.05])
+def test_shrink_perturb_gives_weights_the_size_of_fresh_ones(decayed):
+    """Whatever is kept of them, and however small weight decay had made them; batch norm moves towards its first values."""
     torch.manual_seed(0)
     fresh = resnet18(10, width=16)
     for kept in (0.0, 0.4, 1.0):
         net = copy.deepcopy(fresh)
         with torch.no_grad():
             net.bn1.weight.fill_(2.0)
+            net.layer3[0].conv1.weight.mul_(decayed)
         shrink_perturb.shrink_and_perturb(net, kept, torch.Generator().manual_seed(1))
         old, new = fresh.layer3[0].conv1.weight, net.layer3[0].conv1.weight
         assert torch.isclose(new.std(), old.std(), rtol=0.05)
         assert torch.corrcoef(torch.stack([old.flatten(), new.flatten()]))[0, 1].item() == pytest.approx(kept, abs=0.05)
         assert torch.allclose(net.bn1.weight, torch.tensor(1 + kept))
+
+
+def test_shrink_perturb_takes_a_layer_of_zeros():
+    net = nn.Sequential(nn.Conv2d(3, 4, 3))
+    nn.init.zeros_(net[0].weight)
+    shrink_perturb.shrink_and_perturb(net, 0.6, torch.Generator().manual_seed(1))
+    assert net[0].weight.isfinite().all() and net[0].weight.std() > 0
 
 
 def counting(steps: int) -> nn.Module:

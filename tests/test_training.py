@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from evaluator import pool, training
-from evaluator.data import Data, Loader, load
+from evaluator.data import Data, Loader, load, say
 from evaluator.ensemble import Ensemble
 from evaluator.files import Problem
 from evaluator.metric import logit_scaled_confidence
@@ -99,6 +99,21 @@ def test_the_ends_of_the_ranges(data):
     assert repr(recipe) == repr(Recipe(learning_rate=1.0, weight_decay=0.0, batch_size=2))
     for field in dataclasses.fields(Recipe):  # each can be set, to its default too
         assert Recipe.of(dataclasses.replace(data, recipe={field.name: field.default})) == Recipe()
+
+
+def test_a_last_batch_of_few_images_is_warned_of(data, capsys):
+    """Batch norm's statistics of two images break a training."""
+    say.cache_clear()
+    count = len(data.retain)
+    for last in range(6):
+        batch_size = next(size for size in range(16, count) if count % size == last)
+        Recipe.of(dataclasses.replace(data, recipe=data.recipe | {"batch_size": batch_size}))
+        said = capsys.readouterr().err
+        assert bool(said) == (last in (1, 2, 3))
+        if said:
+            assert said.startswith(
+                f"warning: {data.folder}, public split: the last batch of an epoch has {last} of {batch_size}"
+            )
 
 
 # Training.
