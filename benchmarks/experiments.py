@@ -17,7 +17,7 @@ from evaluator.method import Method
 from evaluator.report import RETRAINED, UNLEARNED
 
 KEPT = (0.0, 0.2, 0.4, 0.6, 0.8, 0.95)
-OTHERS = ({"calibrate": False}, {"freeze": False}, {"learning_rate": 0.05}, {"learning_rate": 0.2})
+OTHERS = ({}, {"calibrate": False}, {"freeze": False}, {"learning_rate": 0.05}, {"learning_rate": 0.2})
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -42,7 +42,7 @@ def measured(evaluation: Evaluation, values: dict) -> dict:
     summary = evaluation.score(Method.read(HERE / "methods" / "shrink_perturb.py", values=values))
     examples = pd.read_csv(evaluation.results / "shrink_perturb" / "examples.csv")
     return {
-        "values": ", ".join(f"{name}={value}" for name, value in values.items()),
+        "values": ", ".join(f"{name}={value}" for name, value in values.items()) or "as it is",
         "kept": values.get("kept"),
         "score": summary["score"],
         "F": summary["forgetting_quality"],

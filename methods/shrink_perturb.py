@@ -9,7 +9,8 @@ a network that learnt for a fifth of the time is less confident than a retrained
 which neither the original nor this network was trained on: the last layer is corrected until both are as confident there
 on the classes of the forget set. Of the forget set only the labels are used.
 
-No value has to be tuned to the data: how long to learn follows from the number of training steps, which batch norm counts.
+No value has to be tuned to the data: how long to learn follows from the original's training steps, which batch norm counts,
+and how much to keep from how long it will learn.
 """
 
 import math
