@@ -28,10 +28,9 @@ NORM_LAYERS = (nn.BatchNorm2d, nn.LayerNorm, nn.GroupNorm)
 # with twice the images (on a CPU 1.3 to 1.5 times at 45,000 weights): it learns in batches of twice the loader's size. Once
 # the first stage of a ResNet is frozen, a step costs 0.45 to 0.7 of what it did.
 SMALL = 300_000  # weights
-PARTS = {(True, True): 0.3, (True, False): 0.25, (False, True): 0.23, (False, False): 0.18}  # (small, frozen)
-TINY, TINY_MORE = 100, 0.05  # images of at most so many pixels hardly add to a small network's step: so much more for them
+PARTS = {(True, True): 0.32, (True, False): 0.25, (False, True): 0.23, (False, False): 0.18}  # (small, frozen)
 # The more steps follow, the more of the old weights may stay, as each step wipes a little out. What was best on public sets:
-# 0.55 to 0.6 before 66 steps (clothes), 0.6 to 0.7 before 88 (digits), 0.8 before 558 and 0.8 to 0.9 before 856 (faces).
+# 0.55 to 0.6 before 71 steps (clothes), 0.6 to 0.7 before 88 (digits), 0.8 before 558 and 0.8 to 0.9 before 856 (faces).
 WIPED, POWER = 7.5, 0.4  # kept = 1 − (WIPED / steps) ** POWER goes through these
 MOST_BYTES = 2**30  # of the first stage's outputs for all images; where they take more it is not frozen
 
@@ -117,8 +116,7 @@ def budget(net: nn.Module, retain_loader, forget_loader, frozen: bool, config: C
     epochs = (
         next(counters, torch.tensor(0)).item() / math.ceil(examples / retain_loader.batch_size) or config.original_epochs
     )
-    tiny = small and retain_loader.dataset[0]["image"][0].numel() <= TINY
-    return loader, max(1, round((PARTS[small, frozen] + tiny * TINY_MORE) * epochs * len(loader)))
+    return loader, max(1, round(PARTS[small, frozen] * epochs * len(loader)))
 
 
 def rebatched(loader, batch_size: int):

@@ -486,12 +486,10 @@ def counting(steps: int) -> nn.Module:
     return net
 
 
-@pytest.mark.parametrize("tiny", [True, False])
 @pytest.mark.parametrize("frozen", [True, False])
-def test_shrink_perturb_learns_for_a_part_of_the_counted_steps(frozen, tiny, monkeypatch):
+def test_shrink_perturb_learns_for_a_part_of_the_counted_steps(frozen):
     parts, config = loaders()[:2], shrink_perturb.Config(original_epochs=20)  # 80 images in all, 5 steps of 16 an epoch
-    monkeypatch.setattr(shrink_perturb, "TINY", 10**6 if tiny else 1)
-    share = shrink_perturb.PARTS[True, frozen] + tiny * shrink_perturb.TINY_MORE
+    share = shrink_perturb.PARTS[True, frozen]
     for epochs in (12, 40):
         loader, steps = shrink_perturb.budget(counting(5 * epochs), *parts, frozen, config)
         assert loader.batch_size == 2 * BATCH  # 60 images in 2 steps an epoch
@@ -501,6 +499,18 @@ def test_shrink_perturb_learns_for_a_part_of_the_counted_steps(frozen, tiny, mon
     large = nn.Linear(1000, shrink_perturb.SMALL // 1000)
     loader, steps = shrink_perturb.budget(large, *parts, frozen, config)
     assert loader is parts[0] and steps == round(shrink_perturb.PARTS[False, frozen] * 20 * 4)
+
+
+def test_shrink_perturb_keeps_more_before_more_steps(monkeypatch):
+    """0.58 to 0.85 for what was tried, nothing before a step or two; a value that is given is taken."""
+    seen = []
+    monkeypatch.setattr(shrink_perturb, "shrink_and_perturb", lambda net, kept, generator: seen.append(kept))
+    monkeypatch.setattr(shrink_perturb, "learn", lambda *_: None)
+    for steps in (1, 71, 856):
+        monkeypatch.setattr(shrink_perturb, "budget", lambda *_, steps=steps: (None, steps))
+        for kept in (-1, 0.25):
+            shrink_perturb.unlearning(resnet18(10, width=4), *loaders(), shrink_perturb.Config(kept=kept, calibrate=False))
+    assert seen == [0.0, 0.25, pytest.approx(0.593, abs=1e-3), 0.25, pytest.approx(0.850, abs=1e-3), 0.25]
 
 
 def test_shrink_perturb_freezes_the_first_stage_of_a_resnet(original, monkeypatch):
