@@ -28,9 +28,9 @@ NORM_LAYERS = (nn.BatchNorm2d, nn.LayerNorm, nn.GroupNorm)
 # with twice the images (on a CPU 1.3 to 1.5 times at 45,000 weights): it learns in batches of twice the loader's size. Once
 # the first stage of a ResNet is frozen, a step costs 0.45 to 0.7 of what it did.
 SMALL = 300_000  # weights
-PARTS = {(True, True): 0.32, (True, False): 0.25, (False, True): 0.23, (False, False): 0.18}  # (small, frozen)
+PARTS = {(True, True): 0.3, (True, False): 0.25, (False, True): 0.23, (False, False): 0.18}  # (small, frozen)
 # The more steps follow, the more of the old weights may stay, as each step wipes a little out. What was best on public sets:
-# 0.55 to 0.6 before 71 steps (clothes), 0.6 to 0.7 before 88 (digits), 0.8 before 558 and 0.8 to 0.9 before 856 (faces).
+# 0.55 to 0.6 before 67 steps (clothes), 0.6 to 0.7 before 88 (digits), 0.8 before 558 and 0.8 to 0.9 before 856 (faces).
 WIPED, POWER = 7.5, 0.4  # kept = 1 − (WIPED / steps) ** POWER goes through these
 MOST_BYTES = 2**30  # of the first stage's outputs for all images; where they take more it is not frozen
 
