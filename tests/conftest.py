@@ -1,7 +1,6 @@
 """What several test files share: a small data folder, one thread, the same hypothesis examples on every run."""
 
 import copy
-import os
 import shutil
 from pathlib import Path
 
@@ -25,11 +24,6 @@ ROOT = Path(__file__).resolve().parent.parent
 settings.register_profile("kit", deadline=None, derandomize=True)
 settings.load_profile("kit")
 torch.set_num_threads(1)
-
-
-def pytest_xdist_auto_num_workers() -> int:
-    """One more than there are cores: many tests wait for processes that they started."""
-    return os.cpu_count() + 1
 
 
 @pytest.fixture(scope="session")

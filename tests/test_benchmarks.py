@@ -272,15 +272,15 @@ def test_how_cost_grows(data, capsys, monkeypatch):
 
 
 def test_what_the_knobs_do(data, results, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(experiments, "KEPT", (0.0, 0.95))
+    monkeypatch.setattr(experiments, "KEPT", (0.01, 0.95))
     monkeypatch.setattr(experiments, "OTHERS", ({"calibrate": False},))
     where = ["--data", str(data), "--runs", "4", "--jobs", "1", "--results", str(results)]
     assert experiments.main([*where, "--picture", str(tmp_path / "knobs.png")]) == 0
     assert (tmp_path / "knobs.png").read_bytes().startswith(b"\x89PNG")
     said = capsys.readouterr().out
     rows = {line.split()[0]: line.split() for line in said.splitlines() if "=" in line}
-    assert list(rows) == ["kept=0.0", "kept=0.95", "calibrate=False"]
-    spreads = [float(rows[name][-2]) for name in ("kept=0.0", "kept=0.95")]
+    assert list(rows) == ["kept=0.01", "kept=0.95", "calibrate=False"]
+    spreads = [float(rows[name][-2]) for name in ("kept=0.01", "kept=0.95")]
     assert spreads[0] > spreads[1]  # who keeps more has runs that are more alike
 
 

@@ -508,7 +508,7 @@ def test_shrink_perturb_keeps_more_before_more_steps(monkeypatch):
     monkeypatch.setattr(shrink_perturb, "learn", lambda *_: None)
     for steps in (1, 67, 856):
         monkeypatch.setattr(shrink_perturb, "budget", lambda *_, steps=steps: (None, steps))
-        for kept in (-1, 0.25):
+        for kept in (0, 0.25):
             shrink_perturb.unlearning(resnet18(10, width=4), *loaders(), shrink_perturb.Config(kept=kept, calibrate=False))
     assert seen == [0.0, 0.25, pytest.approx(0.584, abs=1e-3), 0.25, pytest.approx(0.850, abs=1e-3), 0.25]
 
