@@ -4,7 +4,8 @@ A small network keeps a GPU busy for less time than Python needs to start its ke
 those of the backward pass and the optimizer too, and starts them at once.
 """
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -30,7 +31,7 @@ class Captured:
         if shape not in self.graphs:
             self.graphs[shape] = None
             self.stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(self.stream):
+            with torch.cuda.stream(self.stream), _quickest_kernels():
                 self.function(argument)
             torch.cuda.current_stream().wait_stream(self.stream)
             return
@@ -46,6 +47,19 @@ class Captured:
             graph.register_generator_state(generator)
         others = [known[0].pool() for known in self.graphs.values() if known]
         # Graphs that never run at the same time can share their memory.
-        with torch.cuda.graph(graph, pool=others[0] if others else None, stream=self.stream):
+        with torch.cuda.graph(graph, pool=others[0] if others else None, stream=self.stream), _quickest_kernels():
             self.function(read)
         return graph, read
+
+
+@contextlib.contextmanager
+def _quickest_kernels() -> Iterator[None]:
+    """Within it, the GPU's kernels are chosen by timing them, and matrix products are as exact as convolutions."""
+    before = torch.backends.cudnn.benchmark, torch.get_float32_matmul_precision()
+    torch.backends.cudnn.benchmark = True
+    torch.set_float32_matmul_precision("high" if torch.backends.cudnn.allow_tf32 else "highest")
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before[0]
+        torch.set_float32_matmul_precision(before[1])

@@ -6,7 +6,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import joblib
@@ -107,7 +107,7 @@ def cost(
 
 def retraining_seconds(setting: Setting, data: Data, recipe: Recipe) -> float:
     """The seconds of one retraining, alone on one thread."""
-    return _elsewhere(setting, _RetrainingAlone(setting, data, recipe), 10.0, "a retraining alone")
+    return _elsewhere(setting, partial(_retraining_alone, setting, data, recipe), 10.0, "a retraining alone")
 
 
 def _made_from(kind: str, data: Data, recipe: Recipe) -> dict:
@@ -207,14 +207,8 @@ class _Alone:
         return float(np.median(seconds)) / retraining
 
 
-@dataclass(frozen=True)
-class _RetrainingAlone:
-    setting: Setting
-    data: Data
-    recipe: Recipe
-
-    def __call__(self, at_most: float) -> float:
-        return seconds_of_retraining(self.data.to(self.setting.device), self.recipe, at_most)
+def _retraining_alone(setting: Setting, data: Data, recipe: Recipe, at_most: float) -> float:
+    return seconds_of_retraining(data.to(setting.device), recipe, at_most)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,5 @@
 """Recipes: how the original and the retrained networks are trained."""
 
-import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -270,7 +269,7 @@ def retrain(data: Data, recipe: Recipe, seeds: Sequence[int]) -> Ensemble:
         initialise(member, source, build)
     capture = device.type == "cuda" and torch.cuda.is_available()
     # An ensemble of one may hold layers that draw from torch's global generator.
-    with seeded(seeds[0], device), quickest_kernels() if capture else contextlib.nullcontext():
+    with seeded(seeds[0], device):
         for _ in train(ensemble, data.retain, recipe, data.class_counts, sources, capture):
             pass
     return ensemble
@@ -296,19 +295,6 @@ def seconds_of_retraining(data: Data, recipe: Recipe, at_most: float = 10.0) -> 
             if worker_seconds(device) - start > at_most:
                 break
         return (worker_seconds(device) - start) * steps / done
-
-
-@contextlib.contextmanager
-def quickest_kernels() -> Iterator[None]:
-    """Within it, the GPU's kernels are chosen by timing them, and matrix products are as exact as convolutions."""
-    before = torch.backends.cudnn.benchmark, torch.get_float32_matmul_precision()
-    torch.backends.cudnn.benchmark = True
-    torch.set_float32_matmul_precision("high" if torch.backends.cudnn.allow_tf32 else "highest")
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.benchmark = before[0]
-        torch.set_float32_matmul_precision(before[1])
 
 
 class one_thread:
