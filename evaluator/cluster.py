@@ -5,7 +5,6 @@ too, a job runs in processes of its own, with what `evaluator.processes` says of
 """
 
 import contextlib
-import functools
 import hashlib
 import importlib.metadata
 import logging
@@ -20,6 +19,7 @@ from pathlib import Path
 from evaluator.files import Problem, one_line
 from evaluator.processes import in_process
 
+_clients: dict = {}  # by the address of their scheduler
 SAME = ("torch", "torchvision", "numpy", "pandas")  # packages whose versions must agree
 
 
@@ -32,7 +32,7 @@ def on_workers(job: Callable, tasks: list, address: str, name: Callable[[object]
     import distributed
 
     client, here = _client(address), versions()
-    futures = []
+    futures, future = [], None
     try:
         sent = client.scatter(pickle.dumps(job), broadcast=True, hash=False)
         futures = [client.submit(_on_a_worker, sent, task, name(task), here, pure=False) for task in tasks]
@@ -46,6 +46,8 @@ def on_workers(job: Callable, tasks: list, address: str, name: Callable[[object]
     except ImportError as error:
         raise Problem(f"{address}: a worker cannot import what it needs ({one_line(error)})") from error
     except (OSError, RuntimeError, distributed.client.FutureCancelledError) as error:
+        if future and future.status == "error":
+            raise  # the job's own
         lost = f"{address}: the scheduler or the data sent to it were lost ({one_line(error)})"
         raise Problem(f"{lost}; what was finished is kept, and the same command goes on") from error
     finally:
@@ -99,9 +101,10 @@ def _must_agree(worker: str, theirs: dict[str, str], here: dict[str, str]) -> No
             raise Problem(f"worker {worker}: {what} is {theirs[what]}, here {version}: give it the same, or stop it")
 
 
-@functools.cache
 def _client(address: str):
-    """A connection to the scheduler, with at least one worker behind it."""
+    """A connection to the scheduler, with at least one worker behind it; the one that there is, if it still works."""
+    if address in _clients and _clients[address].status == "running":
+        return _clients[address]
     try:
         import dask
         import distributed
@@ -116,6 +119,7 @@ def _client(address: str):
         client.wait_for_workers(1, timeout=dask.config.get("distributed.comm.timeouts.connect"))
     except TimeoutError as error:
         raise _no_worker(address) from error
+    _clients[address] = client
     return client
 
 

@@ -10,10 +10,12 @@ import socket
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import evaluate_helpers
 import pytest
+import torch
 from evaluate_helpers import FINETUNE, METHOD, ROOT, bad, kept, refused
 
 import evaluate
@@ -36,9 +38,9 @@ class Cluster:
         self.folder, self.processes = folder, {}
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        self.address = f"tcp://127.0.0.1:{port}"
-        self.start("scheduler", "--host", "127.0.0.1", "--port", str(port), "--no-dashboard")
+            self.port = free.getsockname()[1]
+        self.address = f"tcp://127.0.0.1:{self.port}"
+        self.scheduler()
 
     def start(self, what: str, *arguments: str, cwd: Path = ROOT, name: str | None = None) -> None:
         command = [sys.executable, "-m", "dask", what, *arguments]
@@ -48,6 +50,9 @@ class Cluster:
                 command, cwd=cwd, env=environment, stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True
             )
         self.processes[name or what] = started
+
+    def scheduler(self) -> None:
+        self.start("scheduler", "--host", "127.0.0.1", "--port", str(self.port), "--no-dashboard")
 
     def worker(self, name: str, cwd: Path = ROOT, *arguments: str) -> None:
         self.start("worker", self.address, "--nthreads", "1", "--no-dashboard", *arguments, cwd=cwd, name=name)
@@ -68,7 +73,7 @@ class Cluster:
 
 def forget_clients() -> None:
     """Dask may wait for itself for ever if a client is collected while another one connects."""
-    cluster._client.cache_clear()
+    cluster._clients.clear()
     gc.collect()
 
 
@@ -191,6 +196,28 @@ def test_a_lost_scheduler(tmp_path, data, results, gated, monkeypatch):
         assert run(made.address, data, results, gated.method) == 0
     now = done(results)
     assert len(now) == 8 and before.items() <= now.items()
+
+
+def test_a_new_scheduler_in_place_of_a_lost_one(tmp_path):
+    """In one process, as in a notebook."""
+    with started(tmp_path, 1) as made, dask.config.set({"distributed.comm.timeouts.connect": "3s"}):
+        lost = cluster._client(made.address)
+        assert cluster._client(made.address) is lost
+        for name in list(made.processes):
+            made.kill(name)
+        wait_until(lambda: lost.status != "running")
+        made.scheduler()
+        made.worker("new")
+        with dask.config.set({"distributed.comm.timeouts.connect": "60s"}):
+            assert list(cluster.on_workers(int, ["1", "2"], made.address, str)) in ([1, 2], [2, 1])
+
+
+@pytest.mark.parametrize(
+    ("job", "task", "error"), [(partial(torch.ones, -1), 1, RuntimeError), (os.stat, "/not/there", FileNotFoundError)]
+)
+def test_an_error_in_a_job_is_not_taken_for_a_lost_scheduler(two_workers, job, task, error):
+    with pytest.raises(error):
+        list(cluster.on_workers(job, [task], two_workers.address, str))
 
 
 def test_no_scheduler(data, tmp_path, capsys):
