@@ -17,7 +17,7 @@ from evaluator.method import Method
 from evaluator.report import RETRAINED, UNLEARNED
 
 KEPT = (0.01, 0.2, 0.4, 0.6, 0.8, 0.95)
-OTHERS = ({}, {"calibrate": False}, {"freeze": False}, {"learning_rate": 0.05}, {"learning_rate": 0.2})
+OTHERS = ({}, {"calibrate": False}, {"scale": 1.0}, {"freeze": False}, {"learning_rate": 0.05}, {"learning_rate": 0.2})
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -48,6 +48,7 @@ class Config:
     momentum: float = 0.9  # of SGD, Nesterov's
     weight_decay: float = 5e-4  # of SGD
     calibrate: bool = True  # whether to set the confidence by the validation set
+    scale: float = 0.85  # of the last layer, before it is corrected
     prior: float = 20  # a class with n validation images has n / (n + prior) of a say of its own, else that of all
     bias_cost: float = 0.3  # of biases, in ridge regression
 
@@ -62,6 +63,7 @@ class Config:
             "0 < momentum < 1",
             "0 <= weight_decay < 1e9",
             "calibrate in (False, True)",
+            "0 < scale < 1e9",
             "0 <= prior < 1e9",
             "0 < bias_cost < 1e9",
         ):
@@ -247,8 +249,9 @@ def answers(net: nn.Module, loader, size: int, parts: int) -> tuple[Tensor, Tens
 def calibrate(net, members, aim: Tensor, val_loader, forget_loader, config: Config) -> None:
     """Correct the last layer until the validation images of each class are as confident as `aim` [1, classes].
 
-    Scaling the layer would widen the spread over the runs, too. A least-squares fit of the labels is nearly the same for
-    all images, so a multiple of it raises all confidences alike; biases are for differences between classes. One network's
+    Scaling the layer up would widen the spread over the runs, too. A least-squares fit of the labels is nearly the same for
+    all images, so a multiple of it raises all confidences alike; biases are for differences between classes. After a short
+    training images differ in confidence more than after a long one: so the layer is first scaled down. One network's
     confidence in a class is a matter of chance, the more so the fewer its images: hence `prior`. What a class weighs is
     its share of the forget set.
     """
@@ -256,8 +259,11 @@ def calibrate(net, members, aim: Tensor, val_loader, forget_loader, config: Conf
     of_class, mean = classes(labels, logits.shape[-1])
     forget = torch.cat([batch["age_group"].chunk(len(members))[0] for batch in forget_loader]).to(logits.device)
     weight = torch.bincount(forget, minlength=logits.shape[-1]) / len(forget) * of_class.any(1)  # [K, classes]
+    if not weight.any():  # no validation image tells how confident to be
+        return
+    logits = config.scale * logits
     own = confidences(logits, of_class, mean)
-    common = (weight * (aim - own)).sum(1, keepdim=True) / weight.sum(1, keepdim=True).clamp(min=1e-9)
+    common = (weight * (aim - own)).sum(1, keepdim=True) / weight.sum(1, keepdim=True)
     trust = of_class.sum(1) / (of_class.sum(1) + config.prior).clamp(min=1e-9)
     aim = own + common + trust * (aim - own - common)
 
@@ -289,8 +295,8 @@ def calibrate(net, members, aim: Tensor, val_loader, forget_loader, config: Conf
         damping = torch.where(better[:, None, None], damping / 10, damping * 10)
     for member, value, weights in zip(members, values.float(), fitted.float()):
         _, layer = last_layer(member)
-        layer.weight.add_(value[0] * weights[:-1].T)
-        layer.bias.add_(value[0] * weights[-1] + value[1:])
+        layer.weight.mul_(config.scale).add_(value[0] * weights[:-1].T)
+        layer.bias.mul_(config.scale).add_(value[0] * weights[-1] + value[1:])
 
 
 def last_layer(net: nn.Module) -> tuple[str, nn.Linear]:

@@ -588,7 +588,7 @@ def test_shrink_perturb_trusts_a_class_by_its_images(original):
     now, share = confidence_by_class(original, VALIDATION), share / share.sum()
     uneven = now + torch.linspace(0.5, 1.5, 10)
     for prior, wanted in ((1e8, now + (share * (uneven - now)).sum()), (0, uneven)):
-        net = calibrated(original, uneven, FORGET, prior=prior, bias_cost=1e-6)
+        net = calibrated(original, uneven, FORGET, prior=prior, bias_cost=1e-6, scale=1)
         assert torch.allclose(confidence_by_class(net, VALIDATION)[0, share > 0], wanted[0, share > 0].double(), atol=0.02)
 
 
