@@ -27,6 +27,7 @@ from torch.utils.data import DataLoader
 
 from evaluator.data import Examples, Loader
 from evaluator.ensemble import Ensemble
+from evaluator.metric import logit_scaled_confidence
 from evaluator.models import resnet18
 from evaluator.training import generators
 from methods import (
@@ -590,6 +591,19 @@ def test_shrink_perturb_trusts_a_class_by_its_images(original):
     for prior, wanted in ((1e8, now + (share * (uneven - now)).sum()), (0, uneven)):
         net = calibrated(original, uneven, FORGET, prior=prior, bias_cost=1e-6, scale=1)
         assert torch.allclose(confidence_by_class(net, VALIDATION)[0, share > 0], wanted[0, share > 0].double(), atol=0.02)
+
+
+def test_shrink_perturb_brings_the_images_closer_together(original):
+    """A smaller scale leaves the mean confidence of a class where it is, and the images of the class less far apart."""
+    aim = confidence_by_class(original, VALIDATION)
+    far, near = (calibrated(original, aim, FORGET, scale=scale, prior=0, bias_cost=1e-6) for scale in (1, 0.5))
+    assert torch.allclose(confidence_by_class(near, VALIDATION), confidence_by_class(far, VALIDATION), atol=0.02)
+
+    def spread(net: nn.Module) -> float:
+        answered = logit_scaled_confidence(logits(net, VALIDATION)[None], VALIDATION.age_group[None])[0]
+        return sum(answered[VALIDATION.age_group == label].var(correction=0) for label in VALIDATION.age_group.unique())
+
+    assert spread(near) < 0.8 * spread(far)
 
 
 def test_shrink_perturb_never_corrects_for_the_worse(original):
