@@ -74,7 +74,9 @@ class Recipe:
             if field in values and not is_resnet(recipe.model):
                 raise Problem(f"{where}: {field} is for ResNets, it has no meaning for {recipe.model}: leave it out")
         try:
-            layer, weights = _facts(recipe.model, data.classes, recipe.width, recipe.small_images, image_size(data))
+            layer, weights, batch_norm = _facts(
+                recipe.model, data.classes, recipe.width, recipe.small_images, image_size(data)
+            )
         except Problem as problem:
             raise Problem(f"{where}: {problem}") from problem
         most, why = recipe.networks_at_once, None
@@ -85,7 +87,7 @@ class Recipe:
         if most == 1 < recipe.networks_at_once:
             say(f"{recipe.model}: the networks are trained one at a time: {why}")
         last = len(data.retain) % recipe.batch_size
-        if 0 < last < FEW_IMAGES:
+        if batch_norm and 0 < last < FEW_IMAGES:
             say(
                 f"warning: {data.folder}, {data.split} split: the last batch of an epoch has {last} of {recipe.batch_size} "
                 "images, too few for batch norm: networks come out worse; give the recipe another batch_size"
@@ -106,10 +108,14 @@ OF_RESNETS = ("width", "small_images")  # fields of a recipe
 
 
 @functools.cache
-def _facts(model: str, *sizes) -> tuple[str | None, int]:
-    """(the layer that keeps an ensemble from holding several, the number of weights). Raises Problem as `trial` does."""
+def _facts(model: str, *sizes) -> tuple[str | None, int, bool]:
+    """(the layer that keeps an ensemble from holding several, the number of weights, whether it has batch norm).
+
+    Raises Problem as `trial` does.
+    """
     net = trial(model, *sizes)
-    return obstacle(net), sum(parameter.numel() for parameter in net.parameters())
+    batch_norm = any(isinstance(layer, nn.modules.batchnorm._BatchNorm) for layer in net.modules())
+    return obstacle(net), sum(parameter.numel() for parameter in net.parameters()), batch_norm
 
 
 def own_model(data: Data) -> str:

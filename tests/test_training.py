@@ -116,6 +116,16 @@ def test_a_last_batch_of_few_images_is_warned_of(data, capsys):
             )
 
 
+def test_a_last_batch_of_few_images_is_nothing_to_a_network_without_batch_norm(data, capsys):
+    say.cache_clear()
+    images = F.interpolate(data.retain.images.float(), size=(32, 32)).byte()
+    data = dataclasses.replace(data, retain=dataclasses.replace(data.retain, images=images))
+    batch_size = next(size for size in range(16, len(images)) if len(images) % size == 2)
+    for model, warned in (("squeezenet1_1", False), ("mobilenet_v3_small", True)):
+        Recipe.of(dataclasses.replace(data, recipe={"model": model, "batch_size": batch_size}))
+        assert ("the last batch of an epoch" in capsys.readouterr().err) == warned
+
+
 # Training.
 
 
