@@ -58,12 +58,12 @@ def contestants(data: str, only: Sequence[str] = ()) -> list[Method]:
     methods = {path.stem: path for path in [ours, *sorted((HERE / "methods").glob("*.py"))]}
     presets = {"algorithm_1": "algorithm_1", "algorithm_2": "algorithm_2", "unlearning_preset": data}
     presets = {name: key for name, key in presets.items() if key in Method.read(ours).presets}
-    check_names(only, [NO_UNLEARNING.name, *methods, *presets])
-    found = [NO_UNLEARNING] if not only or NO_UNLEARNING.name in only else []
-    found += [
-        Method.read(path, values=tuned_values(path, data)) for name, path in methods.items() if not only or name in only
-    ]
-    given = {name: key for name, key in presets.items() if not only or name in only}
+    names = [NO_UNLEARNING.name, *methods, *presets]
+    check_names(only, names)
+    only = only or names
+    found = [NO_UNLEARNING] if NO_UNLEARNING.name in only else []
+    found += [Method.read(path, values=tuned_values(path, data)) for name, path in methods.items() if name in only]
+    given = {name: key for name, key in presets.items() if name in only}
     return found + [dataclasses.replace(Method.read(ours, preset=key), name=name) for name, key in given.items()]
 
 
