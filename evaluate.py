@@ -66,10 +66,10 @@ def main(arguments: list[str] | None = None) -> int:
 
 def evaluate(args) -> list[Evaluation]:
     """Score the methods on each forget set, and print what was found. Returns the evaluations."""
-    splits = command.splits_asked(args)
+    evaluations = list(command.evaluations(args))
+    splits = [evaluation.split for evaluation in evaluations]
     if args.checkpoints and len(splits) > 1:
         raise Problem(f"--split {args.split}: a submission is for one forget set; name one of {', '.join(splits)}")
-    evaluations = [command.evaluation(args, split=split) for split in splits]
     methods, found, ceilings = [], [], []  # the last two for each forget set
     for evaluation in evaluations:
         with evaluation.alone():
@@ -118,8 +118,7 @@ def write_pages(args) -> None:
     """Write the page of what is kept for each forget set."""
     if args.methods:
         raise Problem(f"report shows every method that is kept; leave out {args.methods[0]}")
-    for split in command.splits_asked(args):
-        evaluation = command.evaluation(args, split=split)
+    for evaluation in command.evaluations(args):
         with evaluation.alone():
             print(report.write_page(evaluation))
 
@@ -139,7 +138,7 @@ def pool(args) -> None:
     count = args.count if args.count is not None else args.runs if what == "make" else MOST_RUNS - args.first
     if args.first < 0 or count < 1 or args.first + count > MOST_RUNS:
         raise Problem(f"--first {args.first} --count {count}: runs are numbered from 0 to {MOST_RUNS - 1}")
-    evaluations = [command.evaluation(args, split=split) for split in command.splits_asked(args)]
+    evaluations = list(command.evaluations(args))
     if what == "make":
         for evaluation in evaluations:
             kept = sharing.make(evaluation, args.first, count).kept()

@@ -190,8 +190,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def write(args) -> None:
     tables, summaries, diverged, minutes = [], {}, {}, 0.0
-    for split in command.splits_asked(args):
-        evaluation = command.evaluation(args, split=split, attacks=True)
+    for evaluation in command.evaluations(args, attacks=True):
         data = evaluation.data.name
         if args.published:
             methods, factor = as_published(evaluation)
@@ -206,7 +205,7 @@ def write(args) -> None:
                 summaries.setdefault(method.name, []).append(evaluation.score(method))
             except Diverged as problem:
                 print(f"left out: {problem}", file=sys.stderr, flush=True)
-                diverged[method.name] = split
+                diverged[method.name] = evaluation.split
         scored = [summaries[method.name][-1] for method in methods if method.name not in diverged]
         tables.append(forget_sets.per_set(scored, evaluation.ceiling()))
         pools = [evaluation.retrained(), *(evaluation.unlearned(one) for one in methods if one.name not in diverged)]

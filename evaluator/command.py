@@ -3,7 +3,8 @@
 import argparse
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from evaluator.data import splits
@@ -45,9 +46,11 @@ def evaluation(args: argparse.Namespace, **values: object) -> Evaluation:
     return Evaluation.of(**{name: value for name, value in (asked | values).items() if value is not None})
 
 
-def splits_asked(args: argparse.Namespace) -> list[str]:
-    """The splits that --split names. Raises Problem when there is none."""
-    return splits(data_folder(args.data), args.split)
+def evaluations(args: argparse.Namespace, **values: object) -> Iterator[Evaluation]:
+    """One for each split that --split names; device and workers are asked once. Raises Problem when there is none."""
+    named = splits(data_folder(args.data), args.split)
+    one = evaluation(args, **values)
+    return (replace(one, split=split) for split in named)  # one at a time, as each holds the data once they are read
 
 
 def run(command: Callable[[], None], resumes: bool = True) -> int:

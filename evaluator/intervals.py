@@ -11,7 +11,7 @@ from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
-from scipy import stats
+from scipy.special import stdtrit  # Student's t: its quantile by degrees of freedom; scipy.stats takes a second to import
 from torch import Tensor
 
 from evaluator.metric import (
@@ -86,7 +86,7 @@ def projected(score: float, unlearned: dict[str, Tensor], retrained: dict[str, T
     value = score * math.exp(slope * doublings)
     halves = half_samples(unlearned, retrained)["forgetting_quality"]
     error = float(np.std(halves, ddof=1) / np.mean(halves)) * (1 + SLOPE_ERROR * doublings)
-    reach = math.exp(math.hypot(error, BEND * doublings) * stats.t.ppf((1 + LEVEL) / 2, HALVES - 1))
+    reach = math.exp(math.hypot(error, BEND * doublings) * stdtrit(HALVES - 1, (1 + LEVEL) / 2))
     return Interval(value, value / reach, value * reach)
 
 
@@ -102,7 +102,7 @@ def mean_over(values: Sequence[float]) -> tuple[float, float, Interval]:
     if len(values) < 2:
         return mean, math.nan, Interval(mean, math.nan, math.nan)
     error = float(values.std(ddof=1) / math.sqrt(len(values)))
-    reach = error * float(stats.t.ppf((1 + LEVEL) / 2, len(values) - 1))
+    reach = error * float(stdtrit(len(values) - 1, (1 + LEVEL) / 2))
     return mean, error, Interval(mean, mean - reach, mean + reach)
 
 
@@ -162,7 +162,7 @@ def _around(value: float, draws: Sequence[float]) -> tuple[float, float]:
     # Halves of a sample spread around their mean as full samples do around theirs, for anything like a mean over the runs
     # (Shao and Wu, 1989: the delete-half jackknife). Here halves spread somewhat less, as a few runs can decide which
     # attack is best; WIDER was chosen on the laws of benchmarks/coverage.py.
-    reach = WIDER * float(np.std(draws, ddof=1) * stats.t.ppf((1 + LEVEL) / 2, len(draws) - 1))
+    reach = WIDER * float(np.std(draws, ddof=1) * stdtrit(len(draws) - 1, (1 + LEVEL) / 2))
     return value - reach, value + reach
 
 

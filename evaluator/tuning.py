@@ -265,7 +265,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def tune_all(args) -> None:
-    evaluations = [command.evaluation(args, split=split) for split in command.splits_asked(args)]
+    evaluations = list(command.evaluations(args))
     data_name = evaluations[0].data.name
     if args.trials < 1:
         raise Problem(f"--trials {args.trials}: at least 1 setting must be scored")

@@ -9,7 +9,6 @@ import math
 from typing import NamedTuple
 
 import torch
-from scipy.stats import rankdata
 from torch import Tensor
 
 from evaluator.metric import THRESHOLDS_PER_UNIT, epsilons, forgetting_quality
@@ -131,5 +130,7 @@ def _shift_noise(ratio: Tensor, runs: int) -> Tensor:
 
 def _by_chance(sizes: Tensor) -> Tensor:
     """The quantiles of the standard normal law in the order of `sizes`, [examples]; equal sizes get the same one."""
+    from scipy.stats import rankdata  # here, as it takes a second to import
+
     ranks = torch.from_numpy(rankdata(sizes.cpu())).to(sizes.device)
     return torch.special.ndtri((ranks - 0.5) / len(sizes))

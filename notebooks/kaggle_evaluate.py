@@ -80,7 +80,7 @@ def score(args: argparse.Namespace) -> None:
             )
     if not 0 < args.hours < 12:
         raise Problem(f"--hours {args.hours:g}: a session at Kaggle has less than 12 hours")
-    evaluations = [command.evaluation(args, split=split) for split in command.splits_asked(args)]
+    evaluations = list(command.evaluations(args))
     for evaluation in evaluations:
         _ = evaluation.recipe  # reads the data
     methods = evaluate.methods_of(args, evaluations[0].data.name)

@@ -143,6 +143,15 @@ def test_every_private_forget_set(data, results, method, capsys):
     assert times(results) == before and capsys.readouterr().out == printed
 
 
+def test_devices_and_workers_are_asked_once(data, monkeypatch):
+    asked = []
+    monkeypatch.setattr("evaluator.evaluation.working_device", lambda wanted: asked.append(wanted) or "cpu")
+    args = evaluate.options("").parse_args(["--data", str(data), "--split", "*"])
+    found = list(evaluate.command.evaluations(args))
+    assert [one.split for one in found] == ["private", "private-2", "public"] and asked == ["auto"]
+    assert [one.data.split for one in found] == ["private", "private-2", "public"]
+
+
 def test_every_output_says_the_note(data, results, method, tmp_path, capsys):
     """And a note that is added, changed or taken away makes no run and no score anew."""
     assert run(data, results, method) == 0
