@@ -106,8 +106,8 @@ def cost(
 
 
 def retraining_seconds(setting: Setting, data: Data, recipe: Recipe) -> float:
-    """The seconds of one retraining, alone on one thread."""
-    return _elsewhere(setting, partial(_retraining_alone, setting, data, recipe), 10.0, "a retraining alone")
+    """The seconds of one retraining, alone on one thread; after 2 of them the rest is extrapolated."""
+    return _elsewhere(setting, partial(_retraining_alone, setting, data, recipe), 2.0, "a retraining alone")
 
 
 def _made_from(kind: str, data: Data, recipe: Recipe) -> dict:

@@ -289,7 +289,7 @@ def worker_seconds(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def seconds_of_retraining(data: Data, recipe: Recipe, at_most: float = 10.0) -> float:
+def seconds_of_retraining(data: Data, recipe: Recipe, at_most: float) -> float:
     """Seconds that one retraining takes alone on one thread; what is left after `at_most` seconds is extrapolated."""
     device = data.retain.images.device
     net, sources = recipe.network(data.classes, image_size(data)).to(device), generators([0], device)
