@@ -83,8 +83,10 @@ class PretendGPU(TorchFunctionMode):
         asked = _device(kwargs.pop("device", None))
         generator = kwargs.get("generator")
         before = self.making
-        on_gpu = (self.device(one) == GPU for one in tree_flatten((args, kwargs))[0] if isinstance(one, torch.Tensor))
-        self.making = asked or (GPU if any(on_gpu) else before)  # operations make tensors for their own use, too
+        # What a deep copy remembers are all tensors that it has copied.
+        seen = [first] if function is torch.Tensor.__deepcopy__ else tree_flatten((args, kwargs))[0]
+        on_gpu = any(self.device(one) == GPU for one in seen if isinstance(one, torch.Tensor))
+        self.making = asked or (GPU if on_gpu else before)  # operations make tensors for their own use, too
         try:
             if generator is not None and not any(isinstance(one, torch.Tensor) for one in args):
                 _must_match(generator, self.making)
