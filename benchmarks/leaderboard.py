@@ -49,6 +49,7 @@ PUBLISHED = {
     "finetune": 0.0464,
     "negrad": 0.0001,
 }
+KITS_OWN = ("unlearning", "shrink_perturb")  # red in the picture
 COMPETITION_STEPS = 550  # about so many batches of 64 has an epoch of the competition's retain set
 
 
@@ -142,7 +143,7 @@ def draw(table: pd.DataFrame, means: pd.DataFrame, path: Path, title: str) -> No
     methods = means[means["rank"].notna()][::-1]
     figure = Figure(figsize=(7, 0.27 * len(methods) + 1), layout="constrained")
     axes = figure.subplots()
-    colours = [UNLEARNED if name == "unlearning" else "#9db4c0" for name in methods.method]
+    colours = [UNLEARNED if name in KITS_OWN else "#9db4c0" for name in methods.method]
     axes.barh(methods.method, methods.score, color=colours)
     errors = [methods.score - methods.low, methods.high - methods.score]
     axes.errorbar(
