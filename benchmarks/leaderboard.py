@@ -14,7 +14,6 @@ with the rank correlation with the published scores.
 """
 
 import dataclasses
-import math
 import os
 import shlex
 import sys
@@ -33,7 +32,7 @@ from evaluator.files import Problem, read_json, write_atomically, write_bytes, w
 from evaluator.method import NO_UNLEARNING, Diverged, Method
 from evaluator.report import RETRAINED, UNLEARNED
 from evaluator.scoring import COST_LIMIT, processor, versions
-from evaluator.tuning import tuned_file, tuned_values
+from evaluator.tuning import rate_factor, tuned_file, tuned_values, with_rates
 
 # Private scores, from the teams' write-ups; unlearning's own, finetune's and negrad's are public ones, from Ahn et al.
 PUBLISHED = {
@@ -50,7 +49,6 @@ PUBLISHED = {
     "negrad": 0.0001,
 }
 KITS_OWN = ("unlearning", "shrink_perturb")  # red in the picture
-COMPETITION_STEPS = 550  # about so many batches of 64 has an epoch of the competition's retain set
 
 
 def contestants(data: str, only: Sequence[str] = ()) -> list[Method]:
@@ -77,15 +75,10 @@ def check_names(wanted: Sequence[str], there: Sequence[str]) -> None:
 def as_published(evaluation: Evaluation) -> tuple[list[Method], float]:
     """Every method with its published values and learning rates to match the steps per epoch, and what those are multiplied
     by. unlearning is the published algorithm 1."""
-    factor = COMPETITION_STEPS / math.ceil(len(evaluation.data.retain) / evaluation.recipe.batch_size)
+    factor = rate_factor(evaluation)
 
     def scaled(method: Method, values: dict, name: str) -> Method:
-        rates = {
-            field: tuple(factor * rate for rate in value) if isinstance(value, tuple) else factor * value
-            for field, value in values.items()
-            if "rate" in field
-        }
-        return dataclasses.replace(method, config=values | rates, name=name)
+        return dataclasses.replace(method, config=with_rates(values, factor), name=name)
 
     ours = HERE / "unlearning.py"
     second = Method.read(ours, preset="algorithm_2")

@@ -13,6 +13,7 @@ The values found are written to methods/tuned/<data>.json, which `evaluate.py --
 import dataclasses
 import hashlib
 import json
+import math
 import statistics
 import sys
 import tempfile
@@ -32,6 +33,7 @@ from evaluator.scoring import COST_LIMIT, VERSION, score
 TRIALS, RUNS = 20, 16  # the budget of a method: settings scored, runs of each on every forget set,
 FINALISTS, TIMES_RUNS = 4, 4  # how many of the best are scored again, with how many times the runs
 DRAWN_AT_RANDOM = 8  # trials, before the sampler starts to learn from them
+COMPETITION_STEPS = 550  # about so many batches of 64 has an epoch of the competition's retain set
 EPOCHS = 12  # of a retraining for which the methods' ranges of epochs are written, the digits'
 
 
@@ -50,6 +52,21 @@ def tuned_values(path: Path | str, data_name: str) -> dict:
 
 def tuned_file(data_name: str) -> Path:
     return HERE / "methods" / "tuned" / f"{data_name}.json"
+
+
+def rate_factor(evaluation: Evaluation) -> float:
+    """What published learning rates are multiplied by here, so that rates times steps per epoch are the competition's."""
+    return COMPETITION_STEPS / math.ceil(len(evaluation.data.retain) / evaluation.recipe.batch_size)
+
+
+def with_rates(values: dict, factor: float) -> dict:
+    """Config values with every learning rate multiplied."""
+    rates = {
+        field: tuple(factor * rate for rate in value) if isinstance(value, tuple) else factor * value
+        for field, value in values.items()
+        if "rate" in field
+    }
+    return values | rates
 
 
 def suggest(trial, method: Method) -> dict:
@@ -99,9 +116,10 @@ def tune(evaluations: Sequence[Evaluation], method: Method, trials: int = TRIALS
     with as many runs as its evaluation has. The best few are scored again with more runs, and the best of those is taken.
 
     A setting over the limit of 20% of a retraining (measured on the first forget set), or with which a network diverges on
-    any of them, is rejected without a score; there may be twice as many of those. The first setting has the Config's
-    defaults, so that no method starts from values found earlier. Trials are kept under results/<data>/<first split>/tuning,
-    and an interrupted search resumes there. Returns what `write` puts into methods/tuned/<data>.json.
+    any of them, is rejected without a score; there may be twice as many of those. The first settings have the Config's
+    defaults, as they are and with rates by `rate_factor`, so that no method starts from values found earlier. Trials are
+    kept under results/<data>/<first split>/tuning, and an interrupted search resumes there. Returns what `write` puts into
+    methods/tuned/<data>.json.
     """
     method = fitted(method, evaluations[0].recipe.epochs)
     with evaluations[0].alone():
@@ -181,7 +199,7 @@ def write(found: dict, method: Method, data_name: str) -> None:
 
 
 def _study(evaluations: Sequence[Evaluation], method: Method):
-    """The kept search of a method, or a new one that begins with the published setting."""
+    """The kept search of a method, or a new one that begins with the published setting, as it is and with other rates."""
     try:
         import optuna
     except ImportError as error:
@@ -206,7 +224,8 @@ def _study(evaluations: Sequence[Evaluation], method: Method):
     except (ValueError, KeyError, TypeError) as error:
         raise Problem(f"{journal}: damaged ({type(error).__name__}); delete it to start the search again") from error
     if not study.trials:
-        study.enqueue_trial(_published_setting(method))
+        for values in (method.defaults, with_rates(method.defaults, rate_factor(evaluations[0]))):
+            study.enqueue_trial(_setting(method, values), skip_if_exists=True)
     return study
 
 
@@ -224,11 +243,11 @@ def _config(trial, method: Method) -> dict:
     return {name: tuple(value) if isinstance(method.config[name], tuple) else value for name, value in kept.items()}
 
 
-def _published_setting(method: Method) -> dict:
-    """The Config's defaults as a point of the search space; numbers outside a range are moved to its ends."""
+def _setting(method: Method, values: dict) -> dict:
+    """Config values as a point of the search space; numbers outside a range are moved to its ends."""
     setting = {}
     for name, allowed in method.search_space.items():
-        value = method.defaults[name]
+        value = values[name]
         if isinstance(allowed, list):
             if value in allowed:
                 setting[name] = allowed.index(value)

@@ -145,7 +145,16 @@ def test_ranges_of_epochs_fit_the_length_of_a_retraining(tmp_path):
     }
     assert tuning.fitted(read, 30).search_space["epochs"] == (0.5, 10.0)
     # The default that is too long is moved to the range's end; the choice that is no longer there is drawn.
-    assert tuning._published_setting(short) == {"tensors": 6, "epochs": 1.0, "forget_epochs": 1}
+    assert tuning._setting(short, short.defaults) == {"tensors": 6, "epochs": 1.0, "forget_epochs": 1}
+
+
+def test_the_search_begins_with_what_was_published(evaluation, tmp_path):
+    """As it is, and with a rate that makes up for the smaller number of steps."""
+    file = method(tmp_path).path
+    file.write_text(file.read_text().replace("noise", "noise_rate").replace("= 0.5", "= 0.001"))
+    tuning.tune([evaluation], Method.read(file), trials=2)
+    steps = -(-len(evaluation.data.retain) // evaluation.recipe.batch_size)
+    assert [trial.params["noise_rate"] for trial in trials(evaluation)] == [0.001, pytest.approx(0.001 * 550 / steps)]
 
 
 def test_the_best_of_the_tried(evaluation, tmp_path):
