@@ -45,10 +45,8 @@ def network(
         elif model in ("googlenet", "inception_v3"):  # without further outputs in training
             how = {"aux_logits": False, "init_weights": True}
         return get_model(model, num_classes=classes, **how)
-    other_sizes = width != 64 or small_images
-    with torch.device("meta") if other_sizes else contextlib.nullcontext():  # no values for layers that are replaced
-        net = get_model(model, num_classes=classes)
-    if other_sizes:
+    net = get_model(model, num_classes=classes)
+    if width != 64 or small_images:
         stem = dict(kernel_size=3, stride=1, padding=1) if small_images else dict(kernel_size=7, stride=2, padding=3)
         net.conv1, net.bn1 = nn.Conv2d(3, width, bias=False, **stem), nn.BatchNorm2d(width)
         if small_images:
