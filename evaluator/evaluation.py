@@ -6,7 +6,7 @@ import sys
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from pathlib import Path
 
 import filelock
@@ -20,7 +20,7 @@ from evaluator.data import Data, load
 from evaluator.files import Problem, one_line, read_json, write_csv, write_json
 from evaluator.method import Method
 from evaluator.pool import Pool
-from evaluator.runs import Setting, cost, gpus, retrained_pool, retraining_seconds, unlearned_pool
+from evaluator.runs import Setting, cost, gpus, retrained_pool, unlearned_pool
 from evaluator.training import Recipe, original_is_given, original_network, own_model
 
 HERE = Path(__file__).resolve().parent.parent
@@ -142,14 +142,9 @@ class Evaluation:
         with self.alone(), stage(f"{self.runs} runs of {method.name}"):
             return unlearned_pool(self.setting, self.data, self.recipe, original, method, self.runs)
 
-    def cost(self, method: Method, **how) -> float:
-        """The cost of one run as a share of a retraining's. See `runs.cost`."""
+    def cost(self, method: Method, **how) -> tuple[float, float]:
+        """The cost of one run as a share of a retraining's, and that retraining's seconds. See `runs.cost`."""
         return cost(self.setting, self.data, self.recipe, self.original(), method, **how)
-
-    def retraining_seconds(self) -> float:
-        """The seconds of one retraining, alone on one thread."""
-        measure = partial(retraining_seconds, self.setting, self.data, self.recipe)
-        return self.retrained().number(f"seconds_{self.setting.device}", measure)
 
     def ceiling(self) -> dict:
         """The row of a perfect unlearner: retrained against retrained. Estimated, or measured with a second pool."""
@@ -182,9 +177,12 @@ class Evaluation:
                     return summary
                 write_summary(folder, summary | {"note": self.data.note})
                 return read_json(folder / "summary.json")
-            share = None
+            share = seconds = None
             if method.timed:
-                share = unlearned.number(f"cost_{self.setting.device}", lambda: self.cost(method))
+                measured, device = cache(partial(self.cost, method)), self.setting.device
+                share = unlearned.number(f"cost_{device}", lambda: measured()[0])
+                # A retraining's seconds are those beside the first method, for all: seconds in a table are to compare.
+                seconds = share and share * retrained.number(f"seconds_{device}", lambda: measured()[1])
             pools = unlearned.load(range(self.runs)), retrained.load(range(self.runs))
             scores, table = scoring.score(*pools, self.data, self.attacks)
             beside, columns = scoring.explanation(*pools, self.data, scores)
@@ -198,7 +196,7 @@ class Evaluation:
                 "model": self.recipe.model,
                 **scores,
                 **beside,
-                "seconds_per_run": share and share * self.retraining_seconds(),
+                "seconds_per_run": seconds,
                 "fraction_of_retraining": share,
                 "original": "given" if original_is_given(self.data, self.recipe) else "trained by the recipe",
                 "versions": scoring.versions(),

@@ -6,7 +6,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 
 import joblib
@@ -96,18 +96,16 @@ def unlearned_pools(
 
 def cost(
     setting: Setting, data: Data, recipe: Recipe, original: nn.Module, method: Method, repeats: int = 3, at_most: float = 2.0
-) -> float:
-    """The cost of one run as a share of one retraining's, each alone on one thread with nothing else running. Both are
-    measured now, the retraining for `at_most` seconds: a machine's speed changes within minutes, the ratio does not."""
+) -> tuple[float, float]:
+    """(the cost of one run as a share of one retraining's, that retraining's seconds), each alone on one thread with
+    nothing else running. Both are measured now, the retraining for `at_most` seconds, from which the rest is extrapolated:
+    a machine's speed changes within minutes, the ratio does not."""
     if method is NO_UNLEARNING:
-        return 0.0
+        return 0.0, 0.0
     alone = _Alone(setting, data, recipe, original, method.packed() if setting.dask else method, at_most)
-    return _elsewhere(setting, alone, repeats, f"{method.path}: a run alone")
-
-
-def retraining_seconds(setting: Setting, data: Data, recipe: Recipe) -> float:
-    """The seconds of one retraining, alone on one thread; after 2 of them the rest is extrapolated."""
-    return _elsewhere(setting, partial(_retraining_alone, setting, data, recipe), 2.0, "a retraining alone")
+    outcomes = _each(setting, alone, [repeats], lambda _: f"{method.path}: a run alone")
+    with contextlib.closing(outcomes):
+        return next(outcomes)
 
 
 def _made_from(kind: str, data: Data, recipe: Recipe) -> dict:
@@ -120,12 +118,6 @@ def _each(setting: Setting, job: Callable, tasks: list, name: Callable[[object],
         return cluster.on_workers(job, tasks, setting.dask, name)
     processes = setting.single_jobs or setting.jobs if networks == 1 else setting.jobs
     return in_processes(job, tasks, processes, name, gpus() if setting.device == "cuda" else ())
-
-
-def _elsewhere(setting: Setting, job: Callable, task: object, name: str) -> object:
-    """job(task), where the runs are made and alone in its process."""
-    with contextlib.closing(_each(setting, job, [task], lambda _: name)) as outcomes:
-        return next(outcomes)
 
 
 def gpus() -> list[str]:
@@ -186,7 +178,7 @@ class _Unlearning(_Work):
 
 @dataclass(frozen=True)
 class _Alone:
-    """Measures the median seconds of a few runs of a method, one network at a time, as a share of a retraining's."""
+    """Measures what `cost` returns; a run's seconds are the median of a few, one network at a time."""
 
     setting: Setting
     data: Data
@@ -195,7 +187,7 @@ class _Alone:
     method: Method
     at_most: float  # seconds of retraining
 
-    def __call__(self, repeats: int) -> float:
+    def __call__(self, repeats: int) -> tuple[float, float]:
         data, original = self.data.to(self.setting.device), self.original.to(self.setting.device)
         alone = dataclasses.replace(self.recipe, networks_at_once=1)
         retraining, seconds = seconds_of_retraining(data, self.recipe, self.at_most), []
@@ -204,11 +196,7 @@ class _Alone:
                 seconds.append(self.method.networks(original, [run], data, alone, self.setting.time_limit)[1])
                 if seconds[0] > 10:
                     break
-        return float(np.median(seconds)) / retraining
-
-
-def _retraining_alone(setting: Setting, data: Data, recipe: Recipe, at_most: float) -> float:
-    return seconds_of_retraining(data.to(setting.device), recipe, at_most)
+        return float(np.median(seconds)) / retraining, retraining
 
 
 @dataclass(frozen=True)

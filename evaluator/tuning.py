@@ -140,7 +140,7 @@ def search(study, evaluations: Sequence[Evaluation], method: Method, trials: int
             trial = study.ask()
             tried = dataclasses.replace(method, config=method.config | suggest(trial, method))
             try:
-                cost = evaluations[0].cost(tried, repeats=1, at_most=0.5)
+                cost, _ = evaluations[0].cost(tried, repeats=1, at_most=0.5)
                 if cost > COST_LIMIT:
                     study.tell(trial, COST_LIMIT - cost)  # below every score, so the search turns away
                     continue
