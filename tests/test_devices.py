@@ -199,7 +199,8 @@ def test_a_workers_task_gives_what_it_gives_on_the_cpu(kind, small, original, tm
         found = task("cuda")
         if kind != "retrained":
             setting = runs.Setting(tmp_path, 1, "cuda")
-            assert runs._Alone(setting, data, recipe, copy.deepcopy(original), method, 0.1)(1) > 0
+            alone = runs._Alone(setting, data, recipe, copy.deepcopy(original), method, 0.1)
+            assert all(number > 0 for number in alone(1))
     for (run, values, network), (_, wanted, content) in zip(found, expected, strict=True):
         for name in values.keys() - {"seconds"}:
             np.testing.assert_array_equal(values[name], wanted[name], err_msg=f"run {run}: {name}")

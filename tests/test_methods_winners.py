@@ -314,7 +314,9 @@ def test_toshi_k_a_run_takes_one_of_the_two(original):
         for seed in range(12)
     ]
     assert 2 <= sum(swapped) <= 10
-    nets = [unlearned(toshi_k, original, relabel=1.0, likely=likely, learning_rate=1e-2) for likely in (0.0, 1.0)]
+    # A network of these sizes breaks at a rate of 1e-2, whatever its labels.
+    trained = {"epochs": 10.0, "learning_rate": 2e-3}
+    nets = [unlearned(toshi_k, original, relabel=1.0, likely=likely, **trained) for likely in (0.0, 1.0)]
     right = [(logits(net, FORGET).argmax(-1) == FORGET.age_group).double().mean().item() for net in nets]
     assert right[0] < right[1]
 
