@@ -3,8 +3,8 @@
     python -m benchmarks.gpu                    two minutes
 
 The competition's network and recipe (ResNet-18, 32x32, batches of 64, Adam) on random images, and the digits' recipe.
-Retraining is timed over some steps after the first, and said for 512 networks at the whole number of steps. Single runs are
-those of a file that does not take K networks at once, from a new process to its answers.
+Retraining is timed with each engine over some steps after the first, and said for 512 networks at the whole number of steps.
+Single runs are those of a file that does not take K networks at once, from a new process to its answers.
 """
 
 import argparse
@@ -20,12 +20,12 @@ import torch
 from benchmarks import yardsticks
 from benchmarks.bench import Row
 from evaluator.data import Data, Examples
-from evaluator.ensemble import Ensemble
+from evaluator.engines import ENGINES, seconds_per_step
 from evaluator.evaluation import HERE, SINGLE_JOBS, working_device
 from evaluator.files import Problem
 from evaluator.method import Method
 from evaluator.runs import Setting, unlearned_pool
-from evaluator.training import Recipe, generators, image_size, train
+from evaluator.training import Recipe
 
 sys.path.insert(0, str(HERE / "data"))
 from digits import RECIPE
@@ -50,31 +50,6 @@ def noise_data(side: int) -> Data:
     return Data(HERE, "noise", "public", 10, {}, torch.ones(10), *sets)
 
 
-def seconds_per_step(data: Data, recipe: Recipe, size: int, capture: bool, seconds: float = 3.0) -> float:
-    """Of training `size` networks together, without what is done only once."""
-    device = data.retain.images.device
-    sources = generators(range(size), device)
-    net = recipe.network(data.classes, image_size(data)).to(device)
-    steps = train(
-        Ensemble(net, size, sources) if size > 1 else net,
-        data.retain,
-        dataclasses.replace(recipe, epochs=10_000),
-        data.class_counts,
-        sources,
-        capture,
-    )
-    for _ in range(10):
-        next(steps)
-    torch.cuda.synchronize()
-    start, done = time.perf_counter(), 0
-    while (taken := time.perf_counter() - start) < seconds:
-        for _ in range(10):
-            next(steps)
-        torch.cuda.synchronize()
-        done += 10
-    return taken / done
-
-
 def retraining(name: str) -> Iterator[Row]:
     recipe, side, images = SIZES[name]
     data = noise_data(side).to("cuda")
@@ -91,11 +66,9 @@ def retraining(name: str) -> Iterator[Row]:
         hours = NETWORKS * steps * taken / 3600
         return Row(f"{name}: {what}", hours, "h", "the starting kit's loop", NETWORKS * steps * loop / 3600)
 
-    yield row("one network, step by step", seconds_per_step(data, recipe, 1, False))
-    yield row("one network, CUDA graph", seconds_per_step(data, recipe, 1, True))
-    for size in (recipe.networks_at_once, 64 if name == "competition" else 256):
-        yield row(f"{size} at once, step by step", seconds_per_step(data, recipe, size, False) / size)
-        yield row(f"{size} at once, CUDA graph", seconds_per_step(data, recipe, size, True) / size)
+    for size in (1, recipe.networks_at_once, 64 if name == "competition" else 256):
+        for engine in ENGINES:
+            yield row(f"{size} at once, {engine}", seconds_per_step(data, recipe, size, engine, 3.0) / size)
 
 
 def single_runs(folder: Path, runs: int = 16) -> Iterator[Row]:

@@ -22,12 +22,17 @@ OPTIONS = {
     "attacks": dict(action="store_true", help="also run other membership-inference attacks and print them beside the score"),
     "jobs": dict(type=int, help="processes (default: one per core; one per GPU, more for single networks)"),
     "device": dict(default="auto", help="cpu, cuda, or auto: a GPU where one works (default)"),
+    "engine": dict(
+        default="auto",
+        metavar="NAME",
+        help="how a GPU retrains several networks: joint, streams or steps (default: the quickest of them, measured there)",
+    ),
     "dask": dict(metavar="ADDRESS", help="make the runs on the workers of this Dask scheduler, such as tcp://10.0.0.1:8786"),
     "time-limit": dict(type=float, metavar="SECONDS", help="stop with an error when a run takes longer"),
     "results": dict(type=Path, default=Path("results"), help="where runs, tables and figures are kept (default: results)"),
     "keep-networks": dict(action="store_true", help="also keep every network's weights (large)"),
 }
-EVERYWHERE = ("data", "model", "runs", "jobs", "device", "dask", "results")
+EVERYWHERE = ("data", "model", "runs", "jobs", "device", "engine", "dask", "results")
 
 
 def parser(documentation: str, *options: str, **defaults: object) -> argparse.ArgumentParser:

@@ -52,6 +52,17 @@ class Captured:
         return graph, read
 
 
+def on_streams(streams: Sequence[torch.cuda.Stream], works: Sequence[Callable[[], None]]) -> None:
+    """Do several things side by side, each on a stream of its own. In a graph they become branches."""
+    here = torch.cuda.current_stream()
+    for stream, work in zip(streams, works, strict=True):
+        stream.wait_stream(here)
+        with torch.cuda.stream(stream):
+            work()
+    for stream in streams:
+        here.wait_stream(stream)
+
+
 @contextlib.contextmanager
 def _quickest_kernels() -> Iterator[None]:
     """Within it, the GPU's kernels are chosen by timing them, and matrix products are as exact as convolutions."""

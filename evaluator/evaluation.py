@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from evaluator import cluster, scoring
 from evaluator.checkpoints import Checkpoints
 from evaluator.data import Data, load
+from evaluator.engines import ENGINES
 from evaluator.files import Problem, one_line, read_json, write_csv, write_json
 from evaluator.method import Method
 from evaluator.pool import Pool
@@ -60,10 +61,11 @@ class Evaluation:
         keep_networks: bool = False,
         model: str | None = None,
         dask: str | None = None,
+        engine: str = "auto",
     ) -> "Evaluation":
         """data: a name under data/, or any folder in that layout. jobs: processes; None: one per core. With GPUs,
         None means one per GPU, and up to SINGLE_JOBS where networks are made one at a time. dask: the address of a
-        scheduler whose workers make the runs.
+        scheduler whose workers make the runs. engine: how a GPU retrains networks, one of ENGINES; "auto": the quickest.
 
         Raises Problem when a value cannot be used.
         """
@@ -73,6 +75,8 @@ class Evaluation:
             raise Problem(f"--jobs {jobs}: must be 1 to {MOST_JOBS} processes")
         if time_limit is not None and not time_limit > 0:
             raise Problem(f"--time-limit {time_limit:g}: must be more than 0 seconds")
+        if engine not in ("auto", *ENGINES):
+            raise Problem(f"--engine {engine}: must be auto or one of {', '.join(ENGINES)}")
         single_jobs = None
         if dask:
             if jobs is not None:
@@ -84,7 +88,10 @@ class Evaluation:
                 jobs = len(gpus())
                 single_jobs = max(jobs, min(joblib.cpu_count(), SINGLE_JOBS * jobs))
             jobs = jobs or joblib.cpu_count()
-        setting = Setting(Path(results).absolute(), jobs, device, own_device, dask, time_limit, keep_networks, single_jobs)
+        if engine != "auto" and device == "cpu":
+            raise Problem(f"--engine {engine}: is for a GPU, and the runs are made on a CPU; leave it out")
+        where = Path(results).absolute(), jobs, device, own_device, dask
+        setting = Setting(*where, time_limit, keep_networks, single_jobs, engine)
         return cls(data_folder(data), split, setting, runs, second_pool, attacks, model)
 
     @cached_property

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from evaluator import cluster
+from evaluator import cluster, engines
 from evaluator.checkpoints import Checkpoints
 from evaluator.data import Data
 from evaluator.files import Problem, one_line, write_bytes
@@ -43,6 +43,7 @@ class Setting:
     time_limit: float | None = None  # seconds per run
     keep_networks: bool = False
     single_jobs: int | None = None  # processes for runs that are made one network at a time, if not `jobs`
+    engine: str = "auto"  # how a GPU retrains networks: one of ENGINES, or the one that is the quickest there
 
     def results_of(self, data: Data, name: str) -> Path:
         return self.results / data.name / data.split / name
@@ -145,11 +146,18 @@ class _Work:
 class _Retraining(_Work):
     kind: str
 
+    @cached_property
+    def engine(self) -> str:
+        if self.setting.device == "cpu":
+            return "steps"
+        wanted, size = self.setting.engine, self.recipe.networks_at_once
+        return engines.quickest(self.here, self.recipe, size) if wanted == "auto" else wanted
+
     def __call__(self, task: list[int]) -> list[Made]:
         try:
             with one_thread():
-                start = time.perf_counter()
-                ensemble = retrain(self.here, self.recipe, [FIRST_SEED[self.kind] + run for run in task])
+                engine, start = self.engine, time.perf_counter()
+                ensemble = retrain(self.here, self.recipe, [FIRST_SEED[self.kind] + run for run in task], engine)
                 if self.setting.device == "cuda":
                     torch.cuda.synchronize()
                 return _left(self.setting, self.pool, task, ensemble, time.perf_counter() - start, self.here)

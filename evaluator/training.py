@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from evaluator.cuda_graph import Captured
+from evaluator.cuda_graph import Captured, on_streams
 from evaluator.data import BOOLEAN, Allowed, Data, Examples, Loader, check, integer, number, one_of, say
 from evaluator.ensemble import Ensemble, obstacle
 from evaluator.files import Problem, read_json, write_bytes, write_json
@@ -138,23 +138,27 @@ def train(
     recipe: Recipe,
     class_counts: Tensor,
     sources: list[torch.Generator],
-    capture: bool = False,
+    engine: str = "steps",
 ) -> Iterator[tuple[int, int]]:
     """Train a network, or an ensemble with one of `sources` per member, in place, from its present weights.
 
-    capture: run the steps from CUDA graphs; for tensors on a GPU.
+    engine: "steps" calls one kernel after another. Two more, for tensors on a GPU, run a whole step from a CUDA graph:
+    "joint" an ensemble as one, "streams" each of its members on a stream of its own.
+    Raises Problem where members on streams would not draw their dropout from generators of their own.
     A generator: yields (steps done, steps in all) after each step, so that the caller can show or end the training.
     """
     loader = Loader(examples, recipe.batch_size, sources)
     steps = recipe.epochs * len(loader)
+    capture, nets = engine != "steps", net.members if engine == "streams" else [net]
+    if len(nets) > 1 and any(isinstance(layer, nn.Dropout) for layer in nets[0].modules()):
+        raise Problem(f"--engine streams: {recipe.model} has dropout, which needs a generator for each member: use joint")
+    parameters = [parameter for one in nets for parameter in one.parameters()]
     # A graph reads the rate from the GPU's memory.
     rate = torch.tensor(recipe.learning_rate, device=examples.images.device) if capture else recipe.learning_rate
     if recipe.optimizer == "adam":
-        optimizer = torch.optim.Adam(
-            net.parameters(), rate, weight_decay=recipe.weight_decay, fused=True, capturable=capture
-        )
+        optimizer = torch.optim.Adam(parameters, rate, weight_decay=recipe.weight_decay, fused=True, capturable=capture)
     else:
-        optimizer = torch.optim.SGD(net.parameters(), rate, 0.9, weight_decay=recipe.weight_decay, nesterov=True, fused=True)
+        optimizer = torch.optim.SGD(parameters, rate, 0.9, weight_decay=recipe.weight_decay, nesterov=True, fused=True)
     if recipe.schedule == "cosine":
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     else:
@@ -168,10 +172,18 @@ def train(
         )
     weight = 1 / class_counts.clamp(min=1) if recipe.class_weighted else None
 
+    streams = [torch.cuda.Stream() for _ in nets] if engine == "streams" else []
+
+    def backward(one: nn.Module, rows: Tensor) -> None:
+        images = examples.images[rows].float()
+        if streams:  # as the members' weights; an ensemble does this itself
+            images = images.contiguous(memory_format=torch.channels_last)
+        _mean_loss(one(images), examples.age_group[rows], weight, len(sources) // len(nets)).backward()
+
     def step(rows: Tensor) -> None:
         optimizer.zero_grad()
-        logits = net(examples.images[rows].float())
-        _mean_loss(logits, examples.age_group[rows], weight, len(sources)).backward()
+        works = [functools.partial(backward, one, own) for one, own in zip(nets, rows.chunk(len(nets)), strict=True)]
+        on_streams(streams, works) if streams else works[0]()
         optimizer.step()
 
     step = Captured(step, sources) if capture else step
@@ -265,18 +277,17 @@ def _original_made_from(data: Data, recipe: Recipe) -> dict:
     return {"training images": images.hexdigest(), "class counts": counts} | settings
 
 
-def retrain(data: Data, recipe: Recipe, seeds: Sequence[int]) -> Ensemble:
-    """Networks trained on the retain set alone, each with its own initialisation and data order."""
+def retrain(data: Data, recipe: Recipe, seeds: Sequence[int], engine: str = "steps") -> Ensemble:
+    """Networks trained on the retain set alone, each with its own initialisation and data order. engine: see `train`."""
     device = data.retain.images.device
     sources = generators(seeds, device)
     build = functools.partial(recipe.network, data.classes, image_size(data))
     ensemble = Ensemble(build().to(device), len(seeds), sources)
     for member, source in zip(ensemble.members, sources, strict=True):
         initialise(member, source, build)
-    capture = device.type == "cuda" and torch.cuda.is_available()
     # An ensemble of one may hold layers that draw from torch's global generator.
     with seeded(seeds[0], device):
-        for _ in train(ensemble, data.retain, recipe, data.class_counts, sources, capture):
+        for _ in train(ensemble, data.retain, recipe, data.class_counts, sources, engine):
             pass
     return ensemble
 

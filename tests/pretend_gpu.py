@@ -4,7 +4,7 @@ Within `PretendGPU()` a tensor moved to or made on "cuda" is marked, and so is e
 passes too. Where a real GPU would fail because tensors or generators of two devices meet, or a tensor is asked for as a
 numpy array, this one raises the same kind of error. Where a real GPU would have to be waited for (`.item()`, `.cpu()`,
 `.tolist()`, a condition), it counts in `waits`. So code that only ever ran on a CPU can be checked for such mistakes.
-What it cannot find: kernels that are missing or give other values, memory, speed, CUDA graphs and streams.
+What it cannot find: kernels that are missing or give other values, memory, speed. It goes without CUDA graphs and streams.
 """
 
 import contextlib
@@ -16,6 +16,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
+
+from evaluator import training
 
 GPU, CPU = torch.device("cuda"), torch.device("cpu")
 # Operations that may read from another device than the one they write to.
@@ -40,12 +42,17 @@ class PretendGPU(TorchFunctionMode):
         self.patches = contextlib.ExitStack()
         self.patches.enter_context(mock.patch.object(torch, "Generator", _Generator))
         for name, replacement in {
-            "is_available": lambda: False,  # CUDA graphs, which need a real one, are not tried
+            "is_available": lambda: False,
+            "Stream": _Stream,
+            "current_stream": _Stream,
+            "stream": lambda stream: contextlib.nullcontext(),
             "synchronize": lambda device=None: self.waits.update(["synchronize"]),
             "get_rng_state": lambda device=None: torch.get_rng_state(),
             "set_rng_state": lambda state, device=None: None,
         }.items():
             self.patches.enter_context(mock.patch.object(torch.cuda, name, replacement))
+        # A graph needs a real GPU: what would be captured and replayed is called each time.
+        self.patches.enter_context(mock.patch.object(training, "Captured", lambda function, generators: function))
         self.patches.enter_context(_Operations(self))
         return super().__enter__()
 
@@ -154,6 +161,11 @@ class _Operations(TorchDispatchMode):
             if isinstance(value, torch.Tensor) and not any(value is tensor for tensor in tensors):
                 self.gpu.put(value, where if tensors else self.gpu.making)
         return result
+
+
+class _Stream:
+    def wait_stream(self, other: "_Stream") -> None:
+        pass
 
 
 def _device(value) -> torch.device | None:

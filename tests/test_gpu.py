@@ -26,14 +26,14 @@ def exact(monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
 
 
-def trained(data, recipe: Recipe, size: int, capture: bool) -> tuple[dict[str, torch.Tensor], int]:
+def trained(data, recipe: Recipe, size: int, engine: str) -> tuple[dict[str, torch.Tensor], int]:
     sources = generators(range(size), "cuda")
     net = recipe.network(10).to("cuda")
-    net = Ensemble(net, size, sources) if size > 1 else net
-    for member, source in zip(getattr(net, "members", [net]), sources, strict=True):
+    net = Ensemble(net, size, sources)
+    for member, source in zip(net.members, sources, strict=True):
         initialise(member, source, lambda: recipe.network(10))
     torch.manual_seed(0)
-    steps = sum(1 for _ in train(net, data.retain, recipe, data.class_counts, sources, capture))
+    steps = sum(1 for _ in train(net, data.retain, recipe, data.class_counts, sources, engine))
     return net.state_dict(), steps
 
 
@@ -42,9 +42,15 @@ def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor
         torch.testing.assert_close(found[name], tensor, rtol=1e-3, atol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
 
 
-@pytest.mark.parametrize(("model", "size"), [("resnet18", 1), ("resnet18", 4), ("mobilenet_v2", 2), ("squeezenet1_1", 1)])
+@pytest.mark.parametrize(
+    ("engine", "model", "size"),
+    [
+        *(("joint", *what) for what in [("resnet18", 1), ("resnet18", 4), ("mobilenet_v2", 2), ("squeezenet1_1", 1)]),
+        *(("streams", *what) for what in [("resnet18", 4), ("squeezenet1_1", 1)]),
+    ],
+)
 @pytest.mark.parametrize("optimizer", ["adam", "sgd"])
-def test_a_captured_training_is_the_same_training(model, size, optimizer, small_digits):
+def test_a_captured_training_is_the_same_training(engine, model, size, optimizer, small_digits):
     """Three epochs with a last batch that is smaller; with dropout, from each network's own generator or torch's."""
     data = load(small_digits, device="cuda")
     schedule = {"adam": "cosine", "sgd": "one_cycle"}[optimizer]
@@ -53,7 +59,7 @@ def test_a_captured_training_is_the_same_training(model, size, optimizer, small_
         images = torch.nn.functional.interpolate(data.retain.images.float(), size=(32, 32)).byte()
         data = dataclasses.replace(data, retain=dataclasses.replace(data.retain, images=images))
     assert len(data.retain) % recipe.batch_size
-    (plain, steps), (captured, same) = (trained(data, recipe, size, capture) for capture in (False, True))
+    (plain, steps), (captured, same) = (trained(data, recipe, size, one) for one in ("steps", engine))
     assert steps == same > 6
     assert_same(captured, plain)
 
@@ -63,9 +69,9 @@ def test_either_way_to_convolve_gives_the_same_training(products, small_digits, 
     asked = []
     monkeypatch.setattr(convolution, "_quicker_as_products", lambda *size: asked.append(size) or products)
     data, recipe = load(small_digits, device="cuda"), Recipe("resnet18", 8, True, 2, 100, learning_rate=1e-4)
-    plain, _ = trained(data, recipe, 4, False)
+    plain, _ = trained(data, recipe, 4, "steps")
     assert not asked
-    found, _ = trained(data, recipe, 4, True)
+    found, _ = trained(data, recipe, 4, "joint")
     assert asked
     assert_same(found, plain)
 
