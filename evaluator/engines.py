@@ -10,7 +10,7 @@ from evaluator.ensemble import Ensemble
 from evaluator.files import Problem, one_line
 from evaluator.training import Recipe, generators, image_size, train
 
-ENGINES = ("joint", "streams", "steps")  # see `training.train`
+ENGINES = ("joint", "streams", "steps")  # see `training.train`; the first was the quickest wherever it was measured
 WARM_UP = 10  # steps in which kernels are chosen and the graph is captured
 
 

@@ -150,8 +150,11 @@ class _Retraining(_Work):
     def engine(self) -> str:
         if self.setting.device == "cpu":
             return "steps"
-        wanted, size = self.setting.engine, self.recipe.networks_at_once
-        return engines.quickest(self.here, self.recipe, size) if wanted == "auto" else wanted
+        if self.setting.engine != "auto":
+            return self.setting.engine
+        if self.setting.dask:  # a process makes one task there, and would measure for that alone
+            return engines.ENGINES[0]
+        return engines.quickest(self.here, self.recipe, self.recipe.networks_at_once)
 
     def __call__(self, task: list[int]) -> list[Made]:
         try:

@@ -69,12 +69,17 @@ def test_a_process_measures_once_and_trains_with_what_it_found(small, tmp_path, 
     used, retrain = [], runs.retrain
     monkeypatch.setattr(runs, "retrain", lambda *args: used.append(args[-1]) or retrain(*args))
     data, recipe = small[0], dataclasses.replace(small[1], epochs=0, networks_at_once=2)
-    for device, wanted in [("cuda", "auto"), ("cuda", "joint"), ("cpu", "auto")]:
-        setting = runs.Setting(tmp_path, 1, device, engine=wanted)
+    for device, wanted, dask in [
+        ("cuda", "auto", None),
+        ("cuda", "joint", None),
+        ("cpu", "auto", None),
+        ("cuda", "auto", "tcp:"),
+    ]:
+        setting = runs.Setting(tmp_path, 1, device, dask=dask, engine=wanted)
         work = runs._Retraining(setting, Pool(tmp_path / "pool", {}), data, recipe, "retrained")
         with PretendGPU():
             work([0, 1]), work([2, 3])
-    assert used == ["streams"] * 2 + ["joint"] * 2 + ["steps"] * 2
+    assert used == ["streams"] * 2 + ["joint"] * 2 + ["steps"] * 2 + ["joint"] * 2
     assert [engine for engine, size, _ in asked if size == 2] == list(engines.ENGINES)
 
 
