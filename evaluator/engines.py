@@ -1,6 +1,7 @@
 """Which way of training several networks is the quickest on a GPU: that depends on both, so it is measured."""
 
 import dataclasses
+import gc
 import time
 
 import torch
@@ -25,7 +26,8 @@ def quickest(data: Data, recipe: Recipe, size: int, seconds: float = 1.0) -> str
         try:
             taken[engine] = seconds_per_step(data, recipe, size, engine, seconds)
         except (RuntimeError, Problem) as error:
-            failed[engine] = error
+            failed[engine] = error.with_traceback(None)  # which would keep its tensors
+        gc.collect()  # an optimizer and its schedule refer to each other, and the tensors of the next need the memory
     if not taken:
         raise failed[ENGINES[0]]
     best = min(taken, key=taken.get)
