@@ -315,11 +315,18 @@ def seconds_of_retraining(data: Data, recipe: Recipe, at_most: float) -> float:
 
 
 class one_thread:
-    """Within it, torch uses one CPU thread, as every worker does: results do not depend on the number of cores."""
+    """Within it, torch uses one CPU thread, as every worker does: results do not depend on the number of cores.
+
+    Numbers below 1.2e-38 count as 0: arithmetic with such subnormal numbers is many times slower, and weight decay turns
+    weights that only meet padding into them.
+    """
 
     def __enter__(self):
         self.threads = torch.get_num_threads()
+        self.flushed = bool(torch.tensor(1e-40) * 1 == 0)  # torch does not say
         torch.set_num_threads(1)
+        torch.set_flush_denormal(True)
 
     def __exit__(self, *_):
+        torch.set_flush_denormal(self.flushed)
         torch.set_num_threads(self.threads)

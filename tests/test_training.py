@@ -19,7 +19,7 @@ from evaluator.files import Problem
 from evaluator.metric import logit_scaled_confidence
 from evaluator.models import resnet18
 from evaluator.pool import answers
-from evaluator.training import Recipe, generators, original_network, retrain, seconds_of_retraining, train
+from evaluator.training import Recipe, generators, one_thread, original_network, retrain, seconds_of_retraining, train
 
 
 @pytest.fixture(scope="module")
@@ -336,3 +336,19 @@ def test_the_cost_of_a_retraining_is_extrapolated(data, recipe, monkeypatch):
     recipe = dataclasses.replace(recipe, epochs=4)
     # The clock is asked at the start, after each step and at the end, and gains a second each time.
     assert seconds_of_retraining(data, recipe, at_most=3.5) == pytest.approx(5 * steps / 4)
+
+
+@pytest.mark.parametrize("before", [False, True])
+def test_subnormal_numbers_count_as_0_on_one_thread(before):
+    def flushed() -> bool:
+        return bool(torch.tensor(1e-40) * 1 == 0)
+
+    torch.set_flush_denormal(before)
+    try:
+        with one_thread():
+            with one_thread():
+                assert flushed()
+            assert flushed()
+        assert flushed() == before
+    finally:
+        torch.set_flush_denormal(False)
