@@ -73,6 +73,8 @@ def score(args: argparse.Namespace) -> None:
     for name in ("checkpoints", "keep_networks", "dask"):
         if getattr(args, name):
             raise Problem(f"--{name.replace('_', '-')}: not on Kaggle; use evaluate.py")
+    if args.engine != "auto":
+        raise Problem(f"--engine {args.engine}: Kaggle's GPUs find their own; leave it out")
     for name in ("kit", "data_set"):
         if getattr(args, name) and not re.fullmatch(r"[\w-]+/[\w-]+", getattr(args, name)):
             raise Problem(

@@ -211,6 +211,7 @@ def test_without_credentials(data, stand_in, tmp_path, monkeypatch, capsys):
         ([FINETUNE, "--hours", "13"], "--hours 13"),
         ([FINETUNE, "--kit", "unlearning-kit"], "write OWNER/SLUG"),
         ([FINETUNE, "--keep-networks"], "--keep-networks: not on Kaggle"),
+        ([FINETUNE, "--engine", "streams"], "--engine streams: Kaggle's GPUs find their own"),
     ],
 )
 def test_what_evaluate_would_refuse_is_not_sent(data, stand_in, tmp_path, capsys, arguments, message):
