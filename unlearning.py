@@ -37,8 +37,8 @@ class Config:
     choose: str = "random"  # "fisher": the tensors that matter most to the forget set, the same in every run
     unit: str = "tensor"  # "element": single weights, as many as the drawn tensors would hold on average
 
-    # Remember: how the retain set is learnt again. Epochs, one entry per cycle, may be parts of one.
-    epochs: Annotated[tuple[float, ...], [(2,), (1, 1), (0.6, 0.7, 0.7), (0.5,) * 4, (1.6,), (0.8, 0.8)]] = (1, 2, 2)
+    # Remember: how the retain set is learnt again. Epochs may be parts of one.
+    epochs: Annotated[tuple[float, ...], [(2,), (1, 1), (0.6, 0.7, 0.7), (0.5,) * 4]] = (1, 2, 2)  # one entry per cycle
     learning_rates: Annotated[tuple[float, ...], (5e-3, 2e-1, "log")] = (1e-3,)  # one per epoch, the last one stays
     cosine_epochs: float = 2  # epochs from the learning rate to 0 along half a cosine; 0: none
     restart: bool = True  # the cosine starts again in each cycle (our choice: else the third epoch has rate 0)
