@@ -1,6 +1,6 @@
 """What a GPU makes of the kit: the retrained networks and the runs of a method, each beside what it takes without the kit.
 
-    python -m benchmarks.gpu                    two minutes
+    python -m benchmarks.gpu                    some minutes
 
 The competition's network and recipe (ResNet-18, 32x32, batches of 64, Adam) on random images, and the digits' recipe.
 Retraining is timed with each engine over some steps after the first, and said for 512 networks at the whole number of steps.

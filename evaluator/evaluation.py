@@ -88,10 +88,15 @@ class Evaluation:
                 jobs = len(gpus())
                 single_jobs = max(jobs, min(joblib.cpu_count(), SINGLE_JOBS * jobs))
             jobs = jobs or joblib.cpu_count()
-        if engine != "auto" and device == "cpu":
-            raise Problem(f"--engine {engine}: is for a GPU, and the runs are made on a CPU; leave it out")
-        where = Path(results).absolute(), jobs, device, own_device, dask
-        setting = Setting(*where, time_limit, keep_networks, single_jobs, engine)
+        if device == "cpu":
+            if engine != "auto":
+                raise Problem(f"--engine {engine}: is for a GPU, and the runs are made on a CPU; leave it out")
+            engine = "steps"
+        elif dask and engine == "auto":  # a process makes one task there, and would measure for that alone
+            engine = ENGINES[0]
+        setting = Setting(
+            Path(results).absolute(), jobs, device, own_device, dask, time_limit, keep_networks, single_jobs, engine
+        )
         return cls(data_folder(data), split, setting, runs, second_pool, attacks, model)
 
     @cached_property

@@ -14,9 +14,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from evaluator import cluster, engines
+from evaluator import cluster
 from evaluator.checkpoints import Checkpoints
 from evaluator.data import Data
+from evaluator.engines import quickest
 from evaluator.files import Problem, one_line, write_bytes
 from evaluator.method import NO_UNLEARNING, Diverged, Method, run_names
 from evaluator.models import checkpoint, network_digest
@@ -43,7 +44,7 @@ class Setting:
     time_limit: float | None = None  # seconds per run
     keep_networks: bool = False
     single_jobs: int | None = None  # processes for runs that are made one network at a time, if not `jobs`
-    engine: str = "auto"  # how a GPU retrains networks: one of ENGINES, or the one that is the quickest there
+    engine: str = "steps"  # of retraining, one of ENGINES; "auto": the one that is the quickest on the GPU
 
     def results_of(self, data: Data, name: str) -> Path:
         return self.results / data.name / data.split / name
@@ -148,13 +149,9 @@ class _Retraining(_Work):
 
     @cached_property
     def engine(self) -> str:
-        if self.setting.device == "cpu":
-            return "steps"
-        if self.setting.engine != "auto":
-            return self.setting.engine
-        if self.setting.dask:  # a process makes one task there, and would measure for that alone
-            return engines.ENGINES[0]
-        return engines.quickest(self.here, self.recipe, self.recipe.networks_at_once)
+        if self.setting.engine == "auto":
+            return quickest(self.here, self.recipe, self.recipe.networks_at_once)
+        return self.setting.engine
 
     def __call__(self, task: list[int]) -> list[Made]:
         try:

@@ -7,7 +7,7 @@ import torch
 from evaluate_helpers import refused, run
 from pretend_gpu import PretendGPU
 
-from evaluator import cuda_graph, engines, runs
+from evaluator import cluster, cuda_graph, engines, evaluation, runs
 from evaluator.data import load
 from evaluator.ensemble import Ensemble
 from evaluator.files import Problem
@@ -59,7 +59,9 @@ def test_memory_that_no_engine_has_is_one_line(small, tmp_path, monkeypatch):
     full = torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
     measured(monkeypatch, joint=full, streams=full, steps=full)
     data, recipe = small
-    work = runs._Retraining(runs.Setting(tmp_path, 1, "cuda"), Pool(tmp_path / "pool", {}), data, recipe, "retrained")
+    work = runs._Retraining(
+        runs.Setting(tmp_path, 1, "cuda", engine="auto"), Pool(tmp_path / "pool", {}), data, recipe, "retrained"
+    )
     with PretendGPU(), pytest.raises(Problem, match="retrained: runs 0 to 1: the GPU's memory ran out: fewer --jobs"):
         work([0, 1])
 
@@ -69,18 +71,23 @@ def test_a_process_measures_once_and_trains_with_what_it_found(small, tmp_path, 
     used, retrain = [], runs.retrain
     monkeypatch.setattr(runs, "retrain", lambda *args: used.append(args[-1]) or retrain(*args))
     data, recipe = small[0], dataclasses.replace(small[1], epochs=0, networks_at_once=2)
-    for device, wanted, dask in [
-        ("cuda", "auto", None),
-        ("cuda", "joint", None),
-        ("cpu", "auto", None),
-        ("cuda", "auto", "tcp:"),
-    ]:
-        setting = runs.Setting(tmp_path, 1, device, dask=dask, engine=wanted)
+    for wanted in ("auto", "joint"):
+        setting = runs.Setting(tmp_path, 1, "cuda", engine=wanted)
         work = runs._Retraining(setting, Pool(tmp_path / "pool", {}), data, recipe, "retrained")
         with PretendGPU():
             work([0, 1]), work([2, 3])
-    assert used == ["streams"] * 2 + ["joint"] * 2 + ["steps"] * 2 + ["joint"] * 2
+    assert used == ["streams"] * 2 + ["joint"] * 2
     assert [engine for engine, size, _ in asked if size == 2] == list(engines.ENGINES)
+
+
+@pytest.mark.parametrize(
+    ("device", "dask", "engine"), [("cpu", None, "steps"), ("cuda", None, "auto"), ("cuda", "tcp:", "joint")]
+)
+def test_only_a_gpu_of_this_machine_is_tried(device, dask, engine, data, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluation, "working_device", lambda wanted: device)
+    monkeypatch.setattr(evaluation, "gpus", lambda: ["0"])
+    monkeypatch.setattr(cluster, "workers", lambda address, wanted: (device, 2))
+    assert evaluation.Evaluation.of(str(data), results=tmp_path, dask=dask).setting.engine == engine
 
 
 @pytest.mark.parametrize("engine", engines.ENGINES)
