@@ -26,14 +26,16 @@ def exact(monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
 
 
-def trained(data, recipe: Recipe, size: int, engine: str) -> tuple[dict[str, torch.Tensor], int]:
+def trained(data, recipe: Recipe, size: int, engine: str, dtype=torch.float32) -> tuple[dict[str, torch.Tensor], int]:
     sources = generators(range(size), "cuda")
     net = recipe.network(10).to("cuda")
     net = Ensemble(net, size, sources)
     for member, source in zip(net.members, sources, strict=True):
         initialise(member, source, lambda: recipe.network(10))
+    if dtype != torch.float32:
+        net.to(dtype).register_forward_pre_hook(lambda _, images: (images[0].to(dtype),))
     torch.manual_seed(0)
-    steps = sum(1 for _ in train(net, data.retain, recipe, data.class_counts, sources, engine))
+    steps = sum(1 for _ in train(net, data.retain, recipe, data.class_counts.to(dtype), sources, engine))
     return net.state_dict(), steps
 
 
@@ -45,7 +47,7 @@ def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor
 @pytest.mark.parametrize(
     ("engine", "model", "size"),
     [
-        *(("joint", *what) for what in [("resnet18", 1), ("resnet18", 4), ("mobilenet_v2", 2), ("squeezenet1_1", 1)]),
+        *(("joint", *what) for what in [("resnet18", 1), ("resnet18", 4), ("mobilenet_v3_small", 2), ("squeezenet1_1", 1)]),
         *(("streams", *what) for what in [("resnet18", 4), ("squeezenet1_1", 1)]),
     ],
 )
@@ -59,7 +61,9 @@ def test_a_captured_training_is_the_same_training(engine, model, size, optimizer
         images = torch.nn.functional.interpolate(data.retain.images.float(), size=(32, 32)).byte()
         data = dataclasses.replace(data, retain=dataclasses.replace(data.retain, images=images))
     assert len(data.retain) % recipe.batch_size
-    (plain, steps), (captured, same) = (trained(data, recipe, size, one) for one in ("steps", engine))
+    # Batch norm over maps of one pixel makes far more of the last bits of MobileNet's weights than these tolerances.
+    dtype = torch.float64 if model == "mobilenet_v3_small" else torch.float32
+    (plain, steps), (captured, same) = (trained(data, recipe, size, one, dtype) for one in ("steps", engine))
     assert steps == same > 6
     assert_same(captured, plain)
 
