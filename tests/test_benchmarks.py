@@ -144,6 +144,9 @@ def test_a_leaderboard_of_some_methods_as_published(data, results, tmp_path, cap
     assert set(table.method.dropna()) >= {"negrad", "finetune", "no_unlearning"} and "nan" not in page.split("##")[0]
     assert f"negrad finetune no_unlearning --data {data} --split private --published --runs 4" in page
     assert "the ranking against the published scores: " in capsys.readouterr().out
+    beside = tmp_path / "docs" / "digits.md"
+    assert leaderboard.main([*arguments, *chosen, "--page", str(beside)]) == 0
+    assert "](digits.png)" in beside.read_text() and beside.with_suffix(".png").exists()
     assert leaderboard.main([*arguments, "fanshuan", "--published"]) == 1
     assert "fanshuan: no method has this name; there are: no_unlearning, unlearning, " in capsys.readouterr().err
 
