@@ -235,7 +235,7 @@ def original_path(data: Data, recipe: Recipe) -> Path:
     return data.folder / ("original_model.pth" if recipe.model == own_model(data) else f"original_model_{recipe.model}.pth")
 
 
-def train_original(data: Data, recipe: Recipe) -> None:
+def train_original(data: Data, recipe: Recipe, seed: int = ORIGINAL_SEED) -> None:
     """Train the network to unlearn from on the retain and forget sets together, and write it into the data folder.
 
     Raises Problem when its weights do not stay finite.
@@ -243,9 +243,9 @@ def train_original(data: Data, recipe: Recipe) -> None:
     path = original_path(data, recipe)
     device = data.retain.images.device
     build = functools.partial(recipe.network, data.classes, image_size(data))
-    net, (source,) = build().to(device), generators([ORIGINAL_SEED], device)
+    net, (source,) = build().to(device), generators([seed], device)
     initialise(net, source, build)
-    with seeded(ORIGINAL_SEED, device), one_thread(), progress("original", recipe.epochs, "epoch") as bar:
+    with seeded(seed, device), one_thread(), progress("original", recipe.epochs, "epoch") as bar:
         for done, steps in train(net, data.train, recipe, data.class_counts, [source]):
             if done * recipe.epochs % steps == 0:
                 bar.update()

@@ -12,13 +12,25 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import bench, evaluation, experiments, gpu, ladder, leaderboard, profile_training, scaling, yardsticks
+from benchmarks import (
+    bench,
+    evaluation,
+    experiments,
+    gpu,
+    ladder,
+    leaderboard,
+    originals,
+    profile_training,
+    scaling,
+    yardsticks,
+)
 from evaluator import forget_sets, tuning
 from evaluator.ensemble import Ensemble
 from evaluator.evaluation import HERE, Evaluation
 from evaluator.files import Problem, write_json
 from evaluator.method import NO_UNLEARNING, Method
 from evaluator.metric import epsilons
+from evaluator.models import network_digest
 
 
 def test_every_row_of_the_ladder(data, results):
@@ -292,3 +304,23 @@ def test_the_gpus_benchmark_needs_one(monkeypatch):
     monkeypatch.setattr("sys.argv", ["gpu"])
     with pytest.raises(SystemExit, match="error: --device cuda: the GPU does not work with this torch"):
         gpu.main()
+
+
+def test_originals_differ_in_their_seed_alone(data, pools, tmp_path, capsys):
+    results = shutil.copytree(pools, tmp_path / "results")
+    finetune = str(HERE / "methods" / "finetune.py")
+    arguments = ["--data", str(data), "--runs", "4", "--jobs", "1", "--results", str(results), "--originals", "2"]
+    assert originals.main([finetune, *arguments, "--split", "p*[ce]"]) == 0
+    said = capsys.readouterr().out
+    assert "2 originals, 4 runs" in said and "means over the forget sets" in said
+    evaluation = Evaluation.of(str(data), "public", 4, results, jobs=1, device="cpu")
+    usual, other = (originals.original(evaluation, seed) for seed in (0, 1))
+    assert network_digest(usual) == network_digest(evaluation.original()) != network_digest(other)
+    method = Method.read(finetune)
+    row = originals.row(evaluation, [usual, usual, other], method)
+    assert row["original 0"] == row["original 1"] == evaluation.score(method)["score"] != row["original 2"]
+    assert row["sd"] == pytest.approx(np.std([row[f"original {number}"] for number in range(3)], ddof=1))
+    same = originals.row(evaluation, [usual, usual], method)
+    assert same["sd"] == 0 and same["of it common"] == pytest.approx(same["squared error of the medians"])
+    assert originals.main([finetune, *arguments[:-1], "1"]) == 1
+    assert "--originals 1: must be 2 to 1000" in capsys.readouterr().err
