@@ -65,10 +65,13 @@ def row(evaluation: Evaluation, originals: Sequence[nn.Module], method: Method) 
     }
 
 
-def pooled(table: pd.DataFrame) -> pd.DataFrame:
-    """Means over the forget sets, of standard deviations their root mean square."""
+def over_sets(table: pd.DataFrame) -> pd.DataFrame:
+    """Means over the forget sets. sd is the root mean square of theirs; that of the means is what more forget sets would
+    not make smaller."""
     grouped = table.drop(columns="split").groupby("method", sort=False)
-    return grouped.mean().assign(sd=grouped.sd.agg(lambda sds: math.sqrt((sds**2).mean()))).reset_index()
+    means = grouped.mean().assign(sd=grouped.sd.agg(lambda sds: math.sqrt((sds**2).mean())))
+    means.insert(means.columns.get_loc("sd") + 1, "sd of the means", means.filter(regex="^original").std(axis=1))
+    return means.reset_index()
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -95,7 +98,7 @@ def show(args) -> None:
     print(f"{title}: scores from {args.originals} originals, {args.runs} runs")
     print(table.round(4).to_string(index=False))
     if table.split.nunique() > 1:
-        print(f"\nmeans over the forget sets\n{pooled(table).round(4).to_string(index=False)}")
+        print(f"\nmeans over the forget sets\n{over_sets(table).round(4).to_string(index=False)}")
 
 
 if __name__ == "__main__":
