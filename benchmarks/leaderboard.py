@@ -313,8 +313,8 @@ The best method
 
     {command}
 
-The runs took {minutes:.0f} minutes of processor time in all, where they were made. They were scored on this machine: {machine}.
-An interrupted command resumes where it stopped.
+The runs took {minutes:.0f} minutes of processor time in all, where they were made. They were scored here:
+{machine}. An interrupted command resumes where it stopped.
 """
 
 
