@@ -31,7 +31,7 @@ from evaluator import command, comparison, forget_sets, report, sharing
 from evaluator.checkpoints import Checkpoints
 from evaluator.evaluation import HERE, MOST_RUNS, Evaluation
 from evaluator.files import Problem, read_json, write_csv
-from evaluator.method import NO_UNLEARNING, Method
+from evaluator.method import NO_UNLEARNING, Method, check_distinct
 from evaluator.tuning import tuned_values
 
 METHODS = HERE / "methods"
@@ -169,11 +169,7 @@ def methods_of(args, data_name: str) -> list[Method | Checkpoints]:
     for path in args.methods if given else OURS:
         found = tuned_values(path, data_name) if args.tuned else {}
         methods.append(Method.read(path, data_name, found | values, args.preset))
-    names = {}
-    for method in methods:
-        if method.name in names:
-            raise Problem(f"{names[method.name]} and {method.path}: have the same name; rename one or score them separately")
-        names[method.name] = method.path
+    check_distinct(methods)
     return methods
 
 

@@ -219,7 +219,7 @@ def write(args) -> None:
     sets = forget_sets.title(called, table)
     page = args.page or folder / ("PUBLISHED.md" if args.published else "RESULTS.md")
     picture = page.parent / ("docs" if args.page else "") / f"{kind}.png"
-    if page.parent.name == "docs":  # where there are others
+    if args.page and page.parent.name == "docs":  # where there are others
         picture = page.with_suffix(".png")
     count = table.split.nunique()
     title = f"{called}, {count} private forget {'set' if count == 1 else 'sets'}, {args.runs} runs"

@@ -21,11 +21,12 @@ from torch import nn
 from evaluator import command
 from evaluator.evaluation import HERE, Evaluation
 from evaluator.files import Problem
-from evaluator.method import Method
+from evaluator.method import Method, check_distinct
 from evaluator.runs import unlearned_pool
 from evaluator.scoring import confidences, score
-from evaluator.training import original_network, original_path, train_original
+from evaluator.training import original_network
 from evaluator.tuning import tuned_values
+from evaluator.why import shifts_and_spreads
 
 METHODS = [HERE / "methods" / "finetune.py", HERE / "methods" / "shrink_perturb.py"]
 
@@ -35,9 +36,7 @@ def original(evaluation: Evaluation, seed: int) -> nn.Module:
     folder = evaluation.setting.results / "originals" / f"{evaluation.data.name}_{seed}"
     data = replace(evaluation.data, folder=folder).to(evaluation.setting.own_device)
     with evaluation.alone():
-        if not original_path(data, evaluation.recipe).exists():
-            train_original(data, evaluation.recipe, seed)
-        return original_network(data, evaluation.recipe).cpu()
+        return original_network(data, evaluation.recipe, seed).cpu()
 
 
 def row(evaluation: Evaluation, originals: Sequence[nn.Module], method: Method) -> dict:
@@ -52,8 +51,8 @@ def row(evaluation: Evaluation, originals: Sequence[nn.Module], method: Method) 
         unlearned = pool.load(range(evaluation.runs))
         scores.append(score(unlearned, retrained, evaluation.data)[0]["score"])
         ours, theirs = (confidences(pool, evaluation.data) for pool in (unlearned, retrained))
-        error = (ours.median(0).values - theirs.median(0).values) / theirs.std(0).clamp(min=0.01)
-        errors.append((error - error.mean()).numpy())
+        shift = shifts_and_spreads(ours, theirs).shift
+        errors.append((shift - shift.mean()).numpy())
     common = np.mean([(one * other).mean() for one, other in combinations(errors, 2)])
     return {
         "method": method.name,
@@ -63,6 +62,13 @@ def row(evaluation: Evaluation, originals: Sequence[nn.Module], method: Method) 
         "squared error of the medians": np.mean(np.square(errors)),
         "of it common": common,
     }
+
+
+def methods_of(args, data_name: str) -> list[Method]:
+    paths = args.methods or METHODS
+    methods = [Method.read(path, data_name, tuned_values(path, data_name) if args.tuned else None) for path in paths]
+    check_distinct(methods)
+    return methods
 
 
 def over_sets(table: pd.DataFrame) -> pd.DataFrame:
@@ -86,11 +92,9 @@ def main(arguments: list[str] | None = None) -> int:
 def show(args) -> None:
     if not 2 <= args.originals <= 1000:
         raise Problem(f"--originals {args.originals}: must be 2 to 1000")
-    rows = []
+    rows, methods = [], []
     for evaluation in command.evaluations(args):
-        name = evaluation.data.name
-        values = tuned_values if args.tuned else lambda path, data: None
-        methods = [Method.read(path, name, values(path, name)) for path in args.methods or METHODS]
+        methods = methods or methods_of(args, evaluation.data.name)  # the same for every forget set
         originals = [original(evaluation, seed) for seed in range(args.originals)]
         rows += [row(evaluation, originals, method) for method in methods]
         title = evaluation.data.title

@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 import typing
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -173,6 +174,15 @@ NO_UNLEARNING = Method(None, "no_unlearning", {})
 def _fresh(original: nn.Module, size: int) -> nn.Module:
     """A network to load a state dict into, or an Ensemble of `size` such; made once per process, because that is slow."""
     return Ensemble(original, size) if size else copy.deepcopy(original)
+
+
+def check_distinct(methods: Iterable) -> None:
+    """Raises Problem when two methods, or checkpoints, have the same name: their results would be mixed up."""
+    paths = {}
+    for method in methods:
+        if method.name in paths:
+            raise Problem(f"{paths[method.name]} and {method.path}: have the same name; rename one or score them separately")
+        paths[method.name] = method.path
 
 
 def run_names(runs: list[int]) -> str:

@@ -208,15 +208,16 @@ def _mean_loss(logits: Tensor, labels: Tensor, weight: Tensor | None, members: i
     return (losses.view(members, -1).sum(1) / weight[labels].view(members, -1).sum(1)).mean()
 
 
-def original_network(data: Data, recipe: Recipe) -> nn.Module:
+def original_network(data: Data, recipe: Recipe, seed: int = ORIGINAL_SEED) -> nn.Module:
     """The network to unlearn from: the data folder's file at `original_path`, trained into it when it is not there.
+    seed: of that training; another one needs a folder of its own, as the note does not say it.
 
     A network trained here has a note beside it, as .json. Raises Problem when the note says that it was trained
     with another recipe or on other images; a file from elsewhere, such as Kaggle's, is used as it is.
     """
     path = original_path(data, recipe)
     if not path.exists():
-        train_original(data, recipe)
+        train_original(data, recipe, seed)
     elif not original_is_given(data, recipe):
         # Before there was a choice, every network was a ResNet-18, and its note did not say so.
         kept, now = {"model": Recipe.model} | read_json(original_note(path)), _original_made_from(data, recipe)
@@ -235,7 +236,7 @@ def original_path(data: Data, recipe: Recipe) -> Path:
     return data.folder / ("original_model.pth" if recipe.model == own_model(data) else f"original_model_{recipe.model}.pth")
 
 
-def train_original(data: Data, recipe: Recipe, seed: int = ORIGINAL_SEED) -> None:
+def train_original(data: Data, recipe: Recipe, seed: int) -> None:
     """Train the network to unlearn from on the retain and forget sets together, and write it into the data folder.
 
     Raises Problem when its weights do not stay finite.

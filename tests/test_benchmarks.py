@@ -324,3 +324,5 @@ def test_originals_differ_in_their_seed_alone(data, pools, tmp_path, capsys):
     assert same["sd"] == 0 and same["of it common"] == pytest.approx(same["squared error of the medians"])
     assert originals.main([finetune, *arguments[:-1], "1"]) == 1
     assert "--originals 1: must be 2 to 1000" in capsys.readouterr().err
+    assert originals.main([finetune, finetune, *arguments]) == 1
+    assert "have the same name" in capsys.readouterr().err
