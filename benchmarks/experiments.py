@@ -17,7 +17,15 @@ from evaluator.method import Method
 from evaluator.report import RETRAINED, UNLEARNED
 
 KEPT = (0.01, 0.2, 0.4, 0.6, 0.8, 0.95)
-OTHERS = ({}, {"calibrate": False}, {"scale": 1.0}, {"freeze": False}, {"learning_rate": 0.05}, {"learning_rate": 0.2})
+OTHERS = (
+    {},
+    {"calibrate": False},
+    {"scale": 1.0},
+    {"share": 1.0},
+    {"freeze": False},
+    {"learning_rate": 0.05},
+    {"learning_rate": 0.2},
+)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -56,14 +64,14 @@ def measured(evaluation: Evaluation, values: dict) -> dict:
 
 
 def draw(table: pd.DataFrame, evaluation: Evaluation, path: Path) -> None:
-    """Score, shift and spread ratio over what is kept of the old weights."""
+    """Score, shift and spread ratio over what is kept of the old filters."""
     figure = Figure(figsize=(9, 2.8), layout="constrained")
     figure.suptitle(f"shrink_perturb on {evaluation.title}", fontsize=10)
     aims = {"score": evaluation.ceiling()["score"], "shift": 0.0, "spread ratio": 1.0}
     for axes, (name, aim) in zip(figure.subplots(1, 3), aims.items(), strict=True):
         axes.plot(table.kept, table[name], "o-", color=UNLEARNED)
         axes.axhline(aim, color=RETRAINED, linestyle="--", linewidth=1)
-        axes.set(title={"score": "score (dashed: ceiling)"}.get(name, f"median {name}"), xlabel="kept of the old weights")
+        axes.set(title={"score": "score (dashed: ceiling)"}.get(name, f"median {name}"), xlabel="kept of the old filters")
     write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=150))
 
 

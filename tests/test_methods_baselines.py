@@ -456,7 +456,7 @@ def test_sfr_on_rate_falls_along_a_cosine(original):
 
 @pytest.mark.parametrize("decayed", [1.0, 0.05])
 def test_shrink_perturb_gives_weights_the_size_of_fresh_ones(decayed):
-    """Whatever is kept of them, and however small weight decay had made them; batch norm moves towards its first values."""
+    """However small weight decay had made them; filters stay whole or are new; batch norm moves towards its first values."""
     torch.manual_seed(0)
     fresh = resnet18(10, width=16)
     for kept in (0.0, 0.4, 1.0):
@@ -467,7 +467,9 @@ def test_shrink_perturb_gives_weights_the_size_of_fresh_ones(decayed):
         shrink_perturb.shrink_and_perturb(net, kept, torch.Generator().manual_seed(1))
         old, new = fresh.layer3[0].conv1.weight, net.layer3[0].conv1.weight
         assert torch.isclose(new.std(), old.std(), rtol=0.05)
-        assert torch.corrcoef(torch.stack([old.flatten(), new.flatten()]))[0, 1].item() == pytest.approx(kept, abs=0.05)
+        alike = torch.cosine_similarity(old.flatten(1), new.flatten(1))
+        assert (alike > 0.999).double().mean().item() == pytest.approx(kept, abs=0.1)  # of 64 filters
+        assert (alike[alike < 0.999].abs() < 0.3).all()
         assert torch.allclose(net.bn1.weight, torch.tensor(1 + kept))
 
 
@@ -503,7 +505,7 @@ def test_shrink_perturb_learns_for_a_part_of_the_counted_steps(frozen):
 
 
 def test_shrink_perturb_keeps_more_before_more_steps(monkeypatch):
-    """0.58 to 0.85 for what was tried, nothing before a step or two; a value that is given is taken."""
+    """0.66 to 0.94 for what was tried, nothing before a step or two; a value that is given is taken."""
     seen = []
     monkeypatch.setattr(shrink_perturb, "shrink_and_perturb", lambda net, kept, generator: seen.append(kept))
     monkeypatch.setattr(shrink_perturb, "learn", lambda *_: None)
@@ -511,7 +513,7 @@ def test_shrink_perturb_keeps_more_before_more_steps(monkeypatch):
         monkeypatch.setattr(shrink_perturb, "budget", lambda *_, steps=steps: (None, steps))
         for kept in (0, 0.25):
             shrink_perturb.unlearning(resnet18(10, width=4), *loaders(), shrink_perturb.Config(kept=kept, calibrate=False))
-    assert seen == [0.0, 0.25, pytest.approx(0.584, abs=1e-3), 0.25, pytest.approx(0.850, abs=1e-3), 0.25]
+    assert seen == [0.0, 0.25, pytest.approx(0.665, abs=1e-3), 0.25, pytest.approx(0.939, abs=1e-3), 0.25]
 
 
 def test_shrink_perturb_freezes_the_first_stage_of_a_resnet(original, monkeypatch):
@@ -560,11 +562,10 @@ def confidence_by_class(net: nn.Module, part: Examples) -> torch.Tensor:
     return shrink_perturb.confidences(logits(net, part).double()[None], *shrink_perturb.classes(part.age_group[None], 10))
 
 
-def calibrated(net: nn.Module, aim: torch.Tensor, forget: Examples, **values) -> nn.Module:
+def calibrated(net: nn.Module, aim: torch.Tensor, forget: Examples, share: float = 1, **values) -> nn.Module:
     net = copy.deepcopy(net)
-    shrink_perturb.calibrate(
-        net, [net], aim, DataLoader(VALIDATION, 8), DataLoader(forget, 8), shrink_perturb.Config(**values)
-    )
+    config = shrink_perturb.Config(share=share, **values)
+    shrink_perturb.calibrate(net, [net], aim, DataLoader(VALIDATION, 8), DataLoader(forget, 8), config)
     return net
 
 
@@ -604,6 +605,13 @@ def test_shrink_perturb_brings_the_images_closer_together(original):
         return sum(answered[VALIDATION.age_group == label].var(correction=0) for label in VALIDATION.age_group.unique())
 
     assert spread(near) < 0.8 * spread(far)
+
+
+def test_shrink_perturb_makes_up_a_share_of_what_is_missing(original):
+    now = confidence_by_class(original, VALIDATION)
+    net = calibrated(original, now + 2, FORGET, scale=1, share=0.5, prior=0, bias_cost=1e-6)
+    there = [label for label in range(10) if label in FORGET.age_group and label in VALIDATION.age_group]
+    assert torch.allclose(confidence_by_class(net, VALIDATION)[0, there], now[0, there] + 1, atol=0.02)
 
 
 def test_shrink_perturb_never_corrects_for_the_worse(original):
