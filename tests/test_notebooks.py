@@ -140,7 +140,7 @@ def test_another_method_in_the_notebook(tmp_path):
     notebook = tmp_path / "submission_shrink_perturb.ipynb"
     notebook.write_text(build.build("submission", path))
     nbformat.validate(nbformat.read(notebook, as_version=4))
-    assert "Shrink the weights" in notebook.read_text() and "draw_method" not in notebook.read_text()
+    assert "Draw a part of the filters" in notebook.read_text() and "draw_method" not in notebook.read_text()
     read, file = Method.read(notebook, "digits"), Method.read(path)
     assert (read.config, read.ensemble) == (file.config, file.ensemble)
     for content, why in (("", "has no Config"), ("def (", "invalid syntax")):
