@@ -16,6 +16,7 @@ change of data, recipe, code or hyperparameters affects.
 
 import argparse
 import ast
+import os
 import re
 import sys
 from pathlib import Path
@@ -153,7 +154,7 @@ def pool(args) -> None:
 def scored(evaluation: Evaluation, method: Method | Checkpoints, attacks: bool) -> dict:
     """The summary of a method on one forget set, without the attacks unless they were asked for."""
     before = read_json(evaluation.results / method.name / "summary.json").get("path", str(method.path))
-    if before != str(method.path):
+    if os.path.abspath(before) != os.path.abspath(str(method.path)):
         print(f"{method.name}: replaces the results of {before}", file=sys.stderr)
     summary = evaluation.score(method)
     return {name: value for name, value in summary.items() if attacks or name != "attacks"}

@@ -64,7 +64,7 @@ def with_rates(values: dict, factor: float) -> dict:
     rates = {
         field: tuple(factor * rate for rate in value) if isinstance(value, tuple) else factor * value
         for field, value in values.items()
-        if "rate" in field
+        if {"rate", "rates"} & set(field.split("_"))
     }
     return values | rates
 

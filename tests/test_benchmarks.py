@@ -145,6 +145,8 @@ def test_published_values_change_by_one_rule(data, results):
         same = {field for field, value in method.config.items() if value == method.defaults[field]}
         assert {field for field in method.config if "rate" not in field} <= same
     assert config["sun"]["last_factors"] == (1, 1, 1, 5)
+    ours = next(method for method in methods if method.name == "shrink_perturb")
+    assert ours.config == ours.defaults  # its own rule sets its values
 
 
 def test_a_leaderboard_of_some_methods_as_published(data, results, tmp_path, capsys):

@@ -401,7 +401,7 @@ def test_no_old_page_beside_a_new_score(data, scored):
     assert (folder / "report.html").read_text() == page
 
 
-def test_two_files_of_one_name(data, results, tmp_path, capsys):
+def test_two_files_of_one_name(data, results, tmp_path, monkeypatch, capsys):
     """In one command they are refused; apart, the second takes the first's place and says so."""
     paths = []
     for folder, noise in (("one", "0.02"), ("two", "0.90")):
@@ -417,6 +417,9 @@ def test_two_files_of_one_name(data, results, tmp_path, capsys):
         assert summary["path"] == str(path)
         scores.append(summary["score"])
     assert f"same: replaces the results of {paths[0]}" in capsys.readouterr().err
+    monkeypatch.chdir(tmp_path / "one")
+    assert run(data, results, Path("same.py")) == 0  # the file of the last run, named otherwise
+    assert "replaces" not in capsys.readouterr().err
     assert scores[0] == scores[2] != scores[1]
 
 
