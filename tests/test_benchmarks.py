@@ -283,7 +283,8 @@ def test_how_cost_grows(data, capsys, monkeypatch):
     assert scaling.main(["--only", "images", "width", "runs", "examples", "file"]) == 0
     rows = [line.split() for line in capsys.readouterr().out.splitlines()[2:]]
     assert [row[0] for row in rows] == ["images", "width", "runs", "examples", "file"]
-    assert np.isfinite([float(row[-1]) for row in rows]).all() and 0.2 < float(rows[-1][-1]) < 1  # kB of a file of 1 and 1,000 examples
+    assert np.isfinite([float(row[-1]) for row in rows]).all()
+    assert 0.2 < float(rows[-1][-1]) < 1  # kB of a file of 1 and 1,000 examples
     assert scaling.main(["--smallest", "1"]) == 1
     assert "--smallest 1: an exponent needs at least 2 sizes" in capsys.readouterr().err
 
