@@ -194,6 +194,7 @@ def write(args) -> None:
         else:
             values = TUNED.format(budget=budget(data, args.methods), data=data)  # before any work
             methods = contestants(data, args.methods)
+        methods = [method for method in methods if method.name not in diverged]
         for method in methods:
             try:
                 summaries.setdefault(method.name, []).append(evaluation.score(method))

@@ -28,7 +28,7 @@ from evaluator import forget_sets, tuning
 from evaluator.ensemble import Ensemble
 from evaluator.evaluation import HERE, Evaluation
 from evaluator.files import Problem, write_json
-from evaluator.method import NO_UNLEARNING, Method
+from evaluator.method import NO_UNLEARNING, Diverged, Method
 from evaluator.metric import epsilons
 from evaluator.models import network_digest
 
@@ -163,6 +163,24 @@ def test_a_leaderboard_of_some_methods_as_published(data, results, tmp_path, cap
     assert "](digits.png)" in beside.read_text() and beside.with_suffix(".png").exists()
     assert leaderboard.main([*arguments, "fanshuan", "--published"]) == 1
     assert "fanshuan: no method has this name; there are: no_unlearning, unlearning, " in capsys.readouterr().err
+
+
+def test_a_method_that_diverges_is_left_out_and_not_run_again(data, results, monkeypatch, capsys):
+    score, asked = Evaluation.score, []
+
+    def diverging(evaluation, method):
+        if method.name != "negrad":
+            return score(evaluation, method)
+        asked.append(evaluation.split)
+        raise Diverged("negrad.py: run 0: NaN")
+
+    monkeypatch.setattr(Evaluation, "score", diverging)
+    where = ["--data", str(data), "--runs", "4", "--jobs", "1", "--results", str(results), "--split", "private*"]
+    assert leaderboard.main(["negrad", "finetune", "no_unlearning", "--published", *where]) == 0
+    said = capsys.readouterr()
+    assert asked == ["private"] and said.err.count("left out: negrad.py: run 0: NaN") == 1
+    assert "negrad is left out: it diverges on private." in said.out
+    assert not (pd.read_csv(results / "small_digits" / "published.csv").method == "negrad").any()
 
 
 def test_unequal_budgets_are_refused_before_any_work(arguments, tmp_path, monkeypatch, capsys):
