@@ -505,7 +505,7 @@ def test_shrink_perturb_learns_for_a_part_of_the_counted_steps(frozen):
 
 
 def test_shrink_perturb_keeps_more_before_more_steps(monkeypatch):
-    """0.66 to 0.94 for what was tried, nothing before a step or two; a value that is given is taken."""
+    """0.66 and more for what was tried, nothing before a step or two; a value that is given is taken."""
     seen = []
     monkeypatch.setattr(shrink_perturb, "shrink_and_perturb", lambda net, kept, generator: seen.append(kept))
     monkeypatch.setattr(shrink_perturb, "learn", lambda *_: None)
@@ -514,6 +514,23 @@ def test_shrink_perturb_keeps_more_before_more_steps(monkeypatch):
         for kept in (0, 0.25):
             shrink_perturb.unlearning(resnet18(10, width=4), *loaders(), shrink_perturb.Config(kept=kept, calibrate=False))
     assert seen == [0.0, 0.25, pytest.approx(0.665, abs=1e-3), 0.25, pytest.approx(0.939, abs=1e-3), 0.25]
+
+
+def test_shrink_perturb_decays_weights_as_the_originals_were(original, monkeypatch):
+    """Small weights show strong decay, after which more is kept. A value that is given is taken."""
+    small, seen = copy.deepcopy(original), []
+    with torch.no_grad():
+        for layer in small.modules():
+            if isinstance(layer, nn.Conv2d):
+                layer.weight.mul_(0.3)
+    monkeypatch.setattr(shrink_perturb, "budget", lambda *_: (None, 856))
+    monkeypatch.setattr(shrink_perturb, "shrink_and_perturb", lambda net, kept, generator: seen.append(kept))
+    monkeypatch.setattr(shrink_perturb, "learn", lambda *arguments: seen.append(arguments[-2]))
+    for values in ({}, {"weight_decay": 0.01, "kept": 0.5}):
+        for net in (original, small):
+            config = shrink_perturb.Config(calibrate=False, **values)
+            shrink_perturb.unlearning(copy.deepcopy(net), *loaders(), config)
+    assert seen == pytest.approx([0.939, 5e-4, 0.969, 5e-3, 0.5, 0.01, 0.5, 0.01], abs=1e-3)
 
 
 def test_shrink_perturb_freezes_the_first_stage_of_a_resnet(original, monkeypatch):
@@ -538,7 +555,7 @@ def test_shrink_perturb_freezes_the_first_stage_of_a_resnet(original, monkeypatc
         net.layer2.register_forward_pre_hook(watch)
         torch.manual_seed(0)
         try:
-            shrink_perturb.learn(net, [net], [None], loaders()[0], steps, frozen, config)
+            shrink_perturb.learn(net, [net], [None], loaders()[0], steps, frozen, 5e-4, config)
         except RuntimeError:
             ends.append(len(seen))
         assert list(dict(net.named_modules())) == list(dict(original.named_modules()))
