@@ -531,6 +531,7 @@ def test_shrink_perturb_decays_weights_as_the_originals_were(original, monkeypat
             config = shrink_perturb.Config(calibrate=False, **values)
             shrink_perturb.unlearning(copy.deepcopy(net), *loaders(), config)
     assert seen == pytest.approx([0.939, 5e-4, 0.969, 5e-3, 0.5, 0.01, 0.5, 0.01], abs=1e-3)
+    assert shrink_perturb.relative_size(nn.Linear(2, 2)) == 1  # no convolution shows anything
 
 
 def test_shrink_perturb_freezes_the_first_stage_of_a_resnet(original, monkeypatch):
