@@ -33,8 +33,8 @@ PARTS = {(True, True): 0.3, (True, False): 0.25, (False, True): 0.23, (False, Fa
 # 0.64 to 0.72 before 67 steps (clothes) and 88 (digits), 0.94 before 856 (faces).
 LOST, POWER = 13, 2 / 3  # kept = 1 − (LOST / steps) ** POWER goes through these
 # The weight decay is like the original's, which its convolutions show: trained with 5e-3, the competition's, they have 0.4
-# times the size of fresh ones (faces, the median), with 5e-4 1.1 to 1.4 times (clothes, digits). Strong decay wipes more out:
-# half as many filters are drawn afresh, 0.03 on the faces.
+# times the size of fresh ones (faces, the median), with 5e-4 1.1 to 1.4 times (clothes, digits). Strong decay wipes more
+# out: half as many filters are drawn afresh, 0.03 on the faces.
 SMALL_WEIGHTS = 0.6
 DECAY, STRONG_DECAY = 5e-4, 5e-3
 MOST_BYTES = 2**30  # of the first stage's outputs for all images; where they take more it is not frozen
