@@ -530,13 +530,82 @@ def test_shrink_perturb_decays_weights_as_the_originals_were(original, monkeypat
             if isinstance(layer, nn.Conv2d):
                 layer.weight.mul_(0.3)
     monkeypatch.setattr(shrink_perturb, "budget", lambda *_: (None, 856))
-    monkeypatch.setattr(shrink_perturb, "learn", lambda *arguments: seen.append(arguments[-2]))
+    monkeypatch.setattr(shrink_perturb, "learn", lambda *arguments: seen.append(arguments[-2].decay))
     for values in ({}, {"weight_decay": 0.01}):
         for net in (original, small):
             config = shrink_perturb.Config(calibrate=False, **values)
             shrink_perturb.unlearning(copy.deepcopy(net), *loaders(), config)
     assert seen == pytest.approx([5e-4, 5e-3, 0.01, 0.01])
-    assert shrink_perturb.relative_size(nn.Linear(2, 2)) == 1  # no convolution shows anything
+    assert shrink_perturb.relative_sizes(nn.Linear(2, 2)) == 1  # no convolution shows anything
+
+
+def test_shrink_perturb_learns_slowly_where_the_original_did(original, monkeypatch):
+    """Biases of batch norm that moved little in so many steps show it; then the smallest layer alone shows decay."""
+    slow, seen = copy.deepcopy(original), []
+    with torch.no_grad():
+        for name, value in slow.state_dict().items():
+            if name.endswith("num_batches_tracked"):
+                value.fill_(10_000)
+            if "bn" in name and name.endswith("bias"):
+                value.fill_(1e-2)
+        slow.layer4[1].conv2.weight.mul_(0.1)
+    fast = copy.deepcopy(slow)
+    with torch.no_grad():
+        for name, value in fast.state_dict().items():
+            if "bn" in name and name.endswith("bias"):
+                value.fill_(1e-1)
+    monkeypatch.setattr(shrink_perturb, "shrink_and_perturb", lambda net, kept, *_: seen.append(kept))
+    monkeypatch.setattr(shrink_perturb, "learn", lambda *arguments: seen.append(arguments[-2][:3]))
+    for net in (slow, fast, nn.Sequential(nn.Flatten(), nn.Linear(64, 10))):
+        for values in ({}, {"kept": 0.5, "learning_rate": 0.02, "weight_decay": 0.01}):
+            config = shrink_perturb.Config(calibrate=False, epochs=1, **values)
+            shrink_perturb.unlearning(copy.deepcopy(net), *loaders(), config)
+    assert seen[:2] == [0.85, (True, 5e-4, 5e-3)] and seen[3::4] == [
+        (True, 0.02, 0.01),
+        (False, 0.02, 0.01),
+        (False, 0.02, 0.01),
+    ]
+    assert seen[5::4] == [(False, 0.1, 5e-4)] * 2 and seen[2::4] == [0.5] * 3
+
+
+def test_shrink_perturb_learns_slowly_by_adam(original):
+    """Adam's first step moves each weight by the learning rate, whatever the gradient."""
+    net, config = copy.deepcopy(original), shrink_perturb.Config(rise=0.9)
+    training = shrink_perturb.Training(True, 1e-3, 0.0, torch.ones(10))
+    shrink_perturb.learn(net, [net], [None], loaders()[0], 1, [], training, config)
+    moved = (net.fc.weight - original.fc.weight).abs()
+    assert moved.max().item() == pytest.approx(1e-3 * 0.5 / 0.9, rel=1e-3)
+
+
+@pytest.mark.parametrize("weighted", [True, False])
+def test_shrink_perturb_sees_class_weights(weighted):
+    """A linear model of overlapping classes, trained to the end with weights 1 / count or without."""
+    random = torch.Generator().manual_seed(0)
+    labels = torch.tensor([0] * 600 + [1] * 200 + [2] * 50)
+    points = torch.randn(len(labels), 2, generator=random) + 2 * torch.eye(3)[labels, :2]
+    net, weights = nn.Linear(2, 3), 1 / labels.bincount().float()
+    optimizer = torch.optim.LBFGS(net.parameters(), max_iter=200)
+
+    def loss() -> torch.Tensor:
+        optimizer.zero_grad()
+        value = F.cross_entropy(net(points), labels, weights if weighted else None)
+        value.backward()
+        return value
+
+    optimizer.step(loss)
+    images = [{"image": point, "age_group": label} for point, label in zip(points, labels, strict=True)]
+    with torch.no_grad():
+        found = shrink_perturb.class_weights(net, images)
+        assert shrink_perturb.class_weights(net, images[:600]) is None  # one class alone shows nothing
+    assert torch.equal(found, weights) if weighted else found is None
+
+
+def test_shrink_perturb_weights_the_mean_of_each_network_by_itself():
+    logits, labels = torch.randn(8, 3), torch.tensor([0, 0, 1, 2, 2, 2, 2, 1])
+    weights = torch.tensor([1.0, 2.0, 10.0])
+    own = [F.cross_entropy(part, label, weights) for part, label in zip(logits.split(4), labels.split(4), strict=True)]
+    assert shrink_perturb.mean_loss(logits, labels, weights, 2) == pytest.approx(torch.stack(own).mean().item())
+    assert shrink_perturb.mean_loss(logits, labels, None, 2) == F.cross_entropy(logits, labels)
 
 
 def test_shrink_perturb_freezes_the_first_stage_of_a_resnet(original, monkeypatch):
@@ -551,6 +620,7 @@ def test_shrink_perturb_freezes_the_first_stage_of_a_resnet(original, monkeypatc
 
     def learnt(steps: int, stop: int | None = None) -> nn.Module:
         net, config = copy.deepcopy(original), shrink_perturb.Config()
+        training = shrink_perturb.Training(False, 0.1, 5e-4, None)
 
         def watch(*_):
             seen.append(1)
@@ -561,7 +631,7 @@ def test_shrink_perturb_freezes_the_first_stage_of_a_resnet(original, monkeypatc
         net.layer2.register_forward_pre_hook(watch)
         torch.manual_seed(0)
         try:
-            shrink_perturb.learn(net, [net], [None], loaders()[0], steps, frozen, 5e-4, config)
+            shrink_perturb.learn(net, [net], [None], loaders()[0], steps, frozen, training, config)
         except RuntimeError:
             ends.append(len(seen))
         assert list(dict(net.named_modules())) == list(dict(original.named_modules()))
