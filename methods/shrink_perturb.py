@@ -136,7 +136,7 @@ def budget(net: nn.Module, retain_loader, forget_loader, frozen: bool, config: C
     if config.epochs:
         return loader, max(1, round(config.epochs * len(loader)))
     examples = len(retain_loader.dataset) + len(forget_loader.dataset)
-    epochs = counted_steps(net) / math.ceil(examples / retain_loader.batch_size) or config.original_epochs
+    epochs = counted_steps(net).item() / math.ceil(examples / retain_loader.batch_size) or config.original_epochs
     return loader, max(1, round(PARTS[small, frozen] * epochs * len(loader)))
 
 
@@ -147,10 +147,10 @@ def rebatched(loader, batch_size: int):
     return torch.utils.data.DataLoader(loader.dataset, batch_size=batch_size, shuffle=True)
 
 
-def counted_steps(net: nn.Module) -> int:
+def counted_steps(net: nn.Module) -> Tensor:
     """Of the original's training, by batch norm; 0 where there is none."""
     counters = (buffer for name, buffer in net.named_buffers() if name.endswith("num_batches_tracked"))
-    return next((counter.item() for counter in counters), 0)
+    return next(counters, torch.tensor(0))
 
 
 class Training(NamedTuple):
@@ -166,8 +166,8 @@ class Training(NamedTuple):
 def as_trained(net: nn.Module, images, config: Config) -> Training:
     """What the original shows of its training."""
     biases = [layer.bias for layer in net.modules() if isinstance(layer, NORM_LAYERS) and layer.bias is not None]
-    moved = torch.stack([bias.square().mean().sqrt() for bias in biases]).median().item() if biases else 0
-    slow = 0 < moved < SLOW * counted_steps(net)
+    moved = torch.stack([bias.square().mean().sqrt() for bias in biases]).median() if biases else torch.tensor(0.0)
+    slow = bool(0 < moved / counted_steps(net) < SLOW)
     sizes = relative_sizes(net)  # slow training makes only those small that hardly learn
     decay = STRONG_DECAY if (sizes.min() if slow else sizes.median()) < SMALL_WEIGHTS else DECAY
     weights = class_weights(net, images) if slow else None  # they are too much for SGD at its rate
