@@ -168,10 +168,11 @@ def as_trained(net: nn.Module, images, config: Config) -> Training:
     biases = [layer.bias for layer in net.modules() if isinstance(layer, NORM_LAYERS) and layer.bias is not None]
     moved = torch.stack([bias.square().mean().sqrt() for bias in biases]).median() if biases else torch.tensor(0.0)
     slow = bool(0 < moved / counted_steps(net) < SLOW)
-    sizes = relative_sizes(net)  # slow training makes only those small that hardly learn
-    decay = STRONG_DECAY if (sizes.min() if slow else sizes.median()) < SMALL_WEIGHTS else DECAY
+    rate = config.learning_rate or (SLOW_RATE if slow else RATE)
+    typical = torch.min if slow else torch.median  # slow training makes only those layers small that hardly learn
+    decay = config.weight_decay or (STRONG_DECAY if typical(relative_sizes(net)) < SMALL_WEIGHTS else DECAY)
     weights = class_weights(net, images) if slow else None  # they are too much for SGD at its rate
-    return Training(slow, config.learning_rate or (SLOW_RATE if slow else RATE), config.weight_decay or decay, weights)
+    return Training(slow, rate, decay, weights)
 
 
 def relative_sizes(net: nn.Module) -> Tensor:
@@ -192,7 +193,8 @@ def class_weights(net: nn.Module, images) -> Tensor | None:
     labels = torch.tensor([int(image["age_group"]) for image in some])
     like = next(net.parameters())
     parts = torch.stack([image["image"] for image in some]).split(100)
-    given = torch.cat([net.eval()(part.to(like)).softmax(-1).cpu() for part in parts])
+    net.eval()
+    given = torch.cat([net(part.to(like)).softmax(-1).cpu() for part in parts])
     counts = torch.bincount(labels, minlength=given.shape[1])
     between = given.new_zeros(len(counts), len(counts)).index_add_(0, labels, given)
     larger = (counts[:, None] > 2 * counts) & (counts > 0)

@@ -541,31 +541,28 @@ def test_shrink_perturb_decays_weights_as_the_originals_were(original, monkeypat
 
 def test_shrink_perturb_learns_slowly_where_the_original_did(original, monkeypatch):
     """Biases of batch norm that moved little in so many steps show it; then the smallest layer alone shows decay."""
-    slow, seen = copy.deepcopy(original), []
-    with torch.no_grad():
-        for name, value in slow.state_dict().items():
-            if name.endswith("num_batches_tracked"):
-                value.fill_(10_000)
-            if "bn" in name and name.endswith("bias"):
-                value.fill_(1e-2)
-        slow.layer4[1].conv2.weight.mul_(0.1)
-    fast = copy.deepcopy(slow)
-    with torch.no_grad():
-        for name, value in fast.state_dict().items():
-            if "bn" in name and name.endswith("bias"):
-                value.fill_(1e-1)
-    monkeypatch.setattr(shrink_perturb, "shrink_and_perturb", lambda net, kept, *_: seen.append(kept))
-    monkeypatch.setattr(shrink_perturb, "learn", lambda *arguments: seen.append(arguments[-2][:3]))
-    for net in (slow, fast, nn.Sequential(nn.Flatten(), nn.Linear(64, 10))):
-        for values in ({}, {"kept": 0.5, "learning_rate": 0.02, "weight_decay": 0.01}):
+
+    def after_steps(moved: float) -> nn.Module:
+        net = copy.deepcopy(original)
+        with torch.no_grad():
+            for name, value in net.state_dict().items():
+                if name.endswith("num_batches_tracked"):
+                    value.fill_(10_000)
+                if "bn" in name and name.endswith("bias"):
+                    value.fill_(moved)
+            net.layer4[1].conv2.weight.mul_(0.1)
+        return net
+
+    kept, trainings = [], []
+    monkeypatch.setattr(shrink_perturb, "shrink_and_perturb", lambda net, stay, *_: kept.append(stay))
+    monkeypatch.setattr(shrink_perturb, "learn", lambda *arguments: trainings.append(arguments[-2][:3]))
+    for values in ({}, {"kept": 0.5, "learning_rate": 0.02, "weight_decay": 0.01}):
+        for net in (after_steps(moved=1e-2), after_steps(moved=1e-1), nn.Sequential(nn.Flatten(), nn.Linear(64, 10))):
             config = shrink_perturb.Config(calibrate=False, epochs=1, **values)
-            shrink_perturb.unlearning(copy.deepcopy(net), *loaders(), config)
-    assert seen[:2] == [0.85, (True, 5e-4, 5e-3)] and seen[3::4] == [
-        (True, 0.02, 0.01),
-        (False, 0.02, 0.01),
-        (False, 0.02, 0.01),
-    ]
-    assert seen[5::4] == [(False, 0.1, 5e-4)] * 2 and seen[2::4] == [0.5] * 3
+            shrink_perturb.unlearning(net, *loaders(), config)
+    assert kept[0] == 0.85 and kept[3:] == [0.5] * 3
+    assert trainings[:3] == [(True, 5e-4, 5e-3), (False, 0.1, 5e-4), (False, 0.1, 5e-4)]
+    assert trainings[3:] == [(True, 0.02, 0.01), (False, 0.02, 0.01), (False, 0.02, 0.01)]
 
 
 def test_shrink_perturb_learns_slowly_by_adam(original):
