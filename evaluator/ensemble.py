@@ -27,6 +27,15 @@ HELD = {
 }
 
 
+def overwrites_memory(network: nn.Module) -> bool:
+    """Whether a CPU must not train such a network in channels_last format: without AVX-512, oneDNN writes past its memory in
+    the gradient of a 1x1 convolution with a stride, one group and fewer than 7 input channels (torch 2.13 and 2.14)."""
+    convolutions = [layer for layer in network.modules() if isinstance(layer, nn.Conv2d)]
+    strided = [layer for layer in convolutions if layer.kernel_size == (1, 1) and layer.stride != (1, 1)]
+    narrow = any(layer.in_channels < 8 and layer.groups == 1 for layer in strided)
+    return narrow and torch.backends.cpu.get_cpu_capability() != "AVX512"
+
+
 def obstacle(network: nn.Module) -> str | None:
     """The type of a layer that keeps several such networks from being trained as one; None if there is none."""
     found = [module for module in network.modules() if type(module) not in HELD]
@@ -155,7 +164,10 @@ class Ensemble(nn.Module):
         if layer and size > 1:
             raise TypeError(f"an ensemble cannot hold a layer of type {layer}")
         joint = copy.deepcopy(network) if layer else _join(network, self.generators)
-        self.network = joint.to(next(network.parameters()).device, memory_format=torch.channels_last)
+        device = next(network.parameters()).device
+        plain = device.type == "cpu" and size == 1 and overwrites_memory(network)
+        self.format = torch.contiguous_format if plain else torch.channels_last
+        self.network = joint.to(device, memory_format=self.format)
         joint = dict([*self.named_parameters(), *self.named_buffers()])
         self.members = []
         for k in range(size):
@@ -188,7 +200,7 @@ class Ensemble(nn.Module):
     def forward(self, x):
         size = len(self.members)
         x = x.unflatten(0, (size, -1)).transpose(0, 1).flatten(1, 2)  # [B, K·C, H, W]
-        logits = self.network(x.contiguous(memory_format=torch.channels_last))
+        logits = self.network(x.contiguous(memory_format=self.format))
         if logits.requires_grad:
             logits.register_hook(lambda gradient: gradient * size)
         return logits.unflatten(1, (size, -1)).transpose(0, 1).flatten(0, 1)

@@ -1,6 +1,10 @@
 """An ensemble of K networks is K networks: trained as one it gives what K separate trainings give."""
 
 import copy
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -288,3 +292,27 @@ def test_a_convolution_as_matrix_products(kernel, stride, padding, side):
         torch.autograd.grad(found, (x, weight), gradient), torch.autograd.grad(expected, (x, weight), gradient), strict=True
     ):
         torch.testing.assert_close(one, other)
+
+
+NARROW = """
+import torch
+from evaluator.ensemble import Ensemble
+from evaluator.models import network
+from methods import shrink_perturb
+
+torch.set_num_threads(1)
+for net in (Ensemble(network("resnet18", 10, width=4, small_images=True), 1), network("resnet18", 10, 4, True)):
+    examples = [{"image": image, "age_group": label % 10} for label, image in enumerate(torch.randn(64, 3, 8, 8))]
+    loader = torch.utils.data.DataLoader(examples, batch_size=16)
+    shrink_perturb.unlearning(net, loader, loader, loader, shrink_perturb.Config(epochs=30))
+    kept = [torch.empty(size) for size in range(400)]  # malloc finds out what was overwritten
+print("done")
+"""
+
+
+def test_a_narrow_network_is_trained_without_avx512():
+    """In channels_last format oneDNN would overwrite memory of others, which ends the process sooner or later."""
+    avx2 = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}
+    root, command = Path(__file__).parent.parent, [sys.executable, "-c", NARROW]
+    done = subprocess.run(command, env=os.environ | avx2, capture_output=True, text=True, cwd=root)
+    assert (done.returncode, done.stdout) == (0, "done\n"), done.stderr
