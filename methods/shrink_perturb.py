@@ -206,7 +206,7 @@ def class_weights(net: nn.Module, images) -> Tensor | None:
     like = next(net.parameters())
     parts = torch.stack([image["image"] for image in some]).split(100)
     net.eval()
-    given = torch.cat([net(part.to(like)).softmax(-1).cpu() for part in parts])
+    given = torch.cat([net(part.to(like)).float().softmax(-1).cpu() for part in parts])
     counts = torch.bincount(labels, minlength=given.shape[1])
     weights = 1 / counts.clamp(min=1).to(given)
     gradients, own = given - F.one_hot(labels, given.shape[1]), weights[labels]

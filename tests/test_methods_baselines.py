@@ -575,10 +575,11 @@ def test_shrink_perturb_learns_slowly_by_adam(original):
 
 
 @pytest.mark.parametrize("weighted", [True, False])
-def test_shrink_perturb_sees_class_weights(weighted):
+@pytest.mark.parametrize("counts", [(600, 200, 50), (600, 400, 350)])
+def test_shrink_perturb_sees_class_weights(weighted, counts):
     """A linear model of overlapping classes, trained to the end with weights 1 / count or without."""
     random = torch.Generator().manual_seed(0)
-    labels = torch.tensor([0] * 600 + [1] * 200 + [2] * 50)
+    labels = torch.arange(3).repeat_interleave(torch.tensor(counts))
     points = torch.randn(len(labels), 2, generator=random) + 2 * torch.eye(3)[labels, :2]
     net, weights = nn.Linear(2, 3), 1 / labels.bincount().float()
     optimizer = torch.optim.LBFGS(net.parameters(), max_iter=200)
