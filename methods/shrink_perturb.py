@@ -56,7 +56,7 @@ MOST_BYTES = 2**30  # of the first stage's outputs for all images; where they ta
 
 @dataclass(frozen=True)
 class Config:
-    """Chosen on public forget sets of four data sets, the same for all; there is nothing to tune."""
+    """Chosen on public forget sets of six data sets, the same for all; there is nothing to tune."""
 
     kept: float = 0  # of the old filters; the others are drawn afresh. 0: by the rule above
     learning_rate: float = 0  # at its highest; 0: by the rule above
