@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_flatten
 from evaluator import training
 
 GPU, CPU = torch.device("cuda"), torch.device("cpu")
+AVX512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
 # Operations that may read from another device than the one they write to.
 BETWEEN_DEVICES = {torch.ops.aten.copy_, torch.ops.aten._to_copy, torch.ops.aten.set_}
 INDEXING = {torch.ops.aten.index, torch.ops.aten.index_put, torch.ops.aten.index_put_, torch.ops.aten._index_put_impl_}
@@ -156,11 +157,23 @@ class _Operations(TorchDispatchMode):
             found = ", ".join(f"{list(one.shape)} on {mark}" for one, mark in zip(tensors, marks, strict=True))
             raise RuntimeError(f"Expected all tensors to be on the same device, but {function} got {found}")
         where = marks[0] if operation in BETWEEN_DEVICES and marks else GPU if GPU in marks else CPU
+        if operation is torch.ops.aten.convolution_backward and narrow(args[2], groups=args[9]):
+            args = [plain(value) if isinstance(value, torch.Tensor) else value for value in args]
         result = function(*args, **kwargs)
         for value in tree_flatten(result)[0]:
             if isinstance(value, torch.Tensor) and not any(value is tensor for tensor in tensors):
                 self.gpu.put(value, where if tensors else self.gpu.making)
         return result
+
+
+def narrow(weight: torch.Tensor, groups: int) -> bool:
+    """Whether a CPU may overwrite memory in the gradient (`overwrites_memory`); a GPU would not."""
+    return groups == 1 and weight.shape[1] < 8 and weight.shape[2:] == (1, 1) and not AVX512
+
+
+def plain(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy that is not in channels_last format. (`contiguous` leaves the weights of 1x1 convolutions as they are.)"""
+    return tensor.new_empty(tensor.shape).copy_(tensor)
 
 
 class _Stream:

@@ -71,7 +71,9 @@ def step(net: nn.Module, optimizer, images: torch.Tensor, labels: torch.Tensor) 
 def test_training_equals_separate_trainings(shape, optimizer, dtype):
     arguments, size = shape
     ensemble = make(arguments, dtype)
-    alone = [copy.deepcopy(member) for member in ensemble.members]
+    alone = [resnet18(10, **arguments).to(dtype) for _ in range(K)]  # not in channels_last format: see overwrites_memory
+    for net, member in zip(alone, ensemble.members, strict=True):
+        net.load_state_dict(member.state_dict())
     start = copy.deepcopy(alone[0].state_dict())
     together = optimizer_of(optimizer, ensemble)
     separate = [optimizer_of(optimizer, net) for net in alone]
