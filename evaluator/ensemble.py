@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 from torchvision.models import VGG, AlexNet, MobileNetV2, MobileNetV3, ResNet, mobilenetv2, mobilenetv3, resnet
 from torchvision.ops import Conv2dNormActivation, SqueezeExcitation
 
@@ -25,15 +26,7 @@ HELD = {
     *(ResNet, resnet.BasicBlock, resnet.Bottleneck, VGG, AlexNet),
     *(MobileNetV2, mobilenetv2.InvertedResidual, MobileNetV3, mobilenetv3.InvertedResidual),
 }
-
-
-def overwrites_memory(network: nn.Module) -> bool:
-    """Whether a CPU must not train such a network in channels_last format: without AVX-512, oneDNN writes past its memory in
-    the gradient of a 1x1 convolution with a stride, one group and fewer than 7 input channels (torch 2.13 and 2.14)."""
-    convolutions = [layer for layer in network.modules() if isinstance(layer, nn.Conv2d)]
-    strided = [layer for layer in convolutions if layer.kernel_size == (1, 1) and layer.stride != (1, 1)]
-    narrow = any(layer.in_channels < 8 and layer.groups == 1 for layer in strided)
-    return narrow and torch.backends.cpu.get_cpu_capability() != "AVX512"
+AVX512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 
 def obstacle(network: nn.Module) -> str | None:
@@ -58,12 +51,21 @@ class Taps(torch.autograd.Function):
         return full, None
 
 
+def overwrites_memory(layer: nn.Conv2d) -> bool:
+    """Whether a CPU must not take this layer's gradient in channels_last format: without AVX-512, oneDNN writes past its
+    memory in that of a 1x1 convolution with a stride, one group and fewer than 7 input channels (torch 2.13 and 2.14)."""
+    narrow = layer.kernel_size == (1, 1) and layer.stride != (1, 1) and layer.in_channels < 8
+    return narrow and layer.groups == 1 and layer.padding == (0, 0) and not AVX512
+
+
 class JointConv2d(nn.Conv2d):
     """K convolutions as one with K groups. Input [B, K·C, H, W]."""
 
     def forward(self, x):
         if self.padding_mode != "zeros" or self.dilation != (1, 1) or isinstance(self.padding, str):
             return super().forward(x)
+        if overwrites_memory(self) and not x.is_cuda:  # the same without a stride
+            return F.conv2d(x[:, :, :: self.stride[0], :: self.stride[1]], self.weight, self.bias)
         # On a map no larger than the kernel's reach, most taps of a padded 3x3 convolution only see zeros; leaving them
         # out is exact and saves up to 8/9 of the work (the last stage of a ResNet-18 on 8x8 images works on 1x1 maps).
         if self.kernel_size == (3, 3) and self.padding == (1, 1):
@@ -164,10 +166,7 @@ class Ensemble(nn.Module):
         if layer and size > 1:
             raise TypeError(f"an ensemble cannot hold a layer of type {layer}")
         joint = copy.deepcopy(network) if layer else _join(network, self.generators)
-        device = next(network.parameters()).device
-        plain = device.type == "cpu" and size == 1 and overwrites_memory(network)
-        self.format = torch.contiguous_format if plain else torch.channels_last
-        self.network = joint.to(device, memory_format=self.format)
+        self.network = joint.to(next(network.parameters()).device, memory_format=torch.channels_last)
         joint = dict([*self.named_parameters(), *self.named_buffers()])
         self.members = []
         for k in range(size):
@@ -200,7 +199,7 @@ class Ensemble(nn.Module):
     def forward(self, x):
         size = len(self.members)
         x = x.unflatten(0, (size, -1)).transpose(0, 1).flatten(1, 2)  # [B, K·C, H, W]
-        logits = self.network(x.contiguous(memory_format=self.format))
+        logits = self.network(x.contiguous(memory_format=torch.channels_last))
         if logits.requires_grad:
             logits.register_hook(lambda gradient: gradient * size)
         return logits.unflatten(1, (size, -1)).transpose(0, 1).flatten(0, 1)
