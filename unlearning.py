@@ -263,6 +263,5 @@ def cut(images: Tensor, kind: str, where: dict) -> Tensor:
     shift = (corner * (2 * border + 1)).floor().long()
     rows, columns = (shift[:, axis, None] + grid for axis in (0, 1))  # [images, size]
     padded = F.pad(images, (border,) * 4)
-    return padded[
-        torch.arange(count, device=images.device)[:, None, None], :, rows[:, :, None], columns[:, None, :]
-    ].permute(0, 3, 1, 2)
+    chosen = padded[torch.arange(count, device=images.device)[:, None, None], :, rows[:, :, None], columns[:, None, :]]
+    return chosen.permute(0, 3, 1, 2).contiguous()  # in channels_last format a CPU without AVX-512 may overwrite memory
