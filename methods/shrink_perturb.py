@@ -148,7 +148,7 @@ def budget(net: nn.Module, retain_loader, forget_loader, frozen: bool, config: C
     if config.epochs:
         return loader, max(1, round(config.epochs * len(loader)))
     examples = len(retain_loader.dataset) + len(forget_loader.dataset)
-    epochs = counted_steps(net).item() / math.ceil(examples / retain_loader.batch_size) or config.original_epochs
+    epochs = counted_steps(net) / math.ceil(examples / retain_loader.batch_size) or config.original_epochs
     return loader, max(1, round(PARTS[small, frozen] * epochs * len(loader)))
 
 
@@ -159,10 +159,10 @@ def rebatched(loader, batch_size: int):
     return torch.utils.data.DataLoader(loader.dataset, batch_size=batch_size, shuffle=True)
 
 
-def counted_steps(net: nn.Module) -> Tensor:
+def counted_steps(net: nn.Module) -> int:
     """Of the original's training, by batch norm; 0 where there is none."""
     counters = (buffer for name, buffer in net.named_buffers() if name.endswith("num_batches_tracked"))
-    return next(counters, torch.tensor(0))
+    return next((counter.item() for counter in counters), 0)
 
 
 class Training(NamedTuple):
@@ -201,12 +201,12 @@ def class_weights(net: nn.Module, images) -> Tensor | None:
     Training ends when the last layer's biases have no gradient: of the gradients with weights and without, the one that was
     trained with is many times the smaller. A thousand images show it.
     """
-    some = [images[row] for row in range(0, len(images), max(1, len(images) // 1000))]
-    labels = torch.tensor([int(image["age_group"]) for image in some])
-    like = next(net.parameters())
-    parts = torch.stack([image["image"] for image in some]).split(100)
+    rows = torch.arange(0, len(images), max(1, len(images) // 1000))
+    read = getattr(images, "batch", lambda rows: torch.utils.data.default_collate([images[row] for row in rows.tolist()]))
+    some = read(rows)
+    labels, like = some["age_group"].cpu(), next(net.parameters())
     net.eval()
-    given = torch.cat([net(part.to(like)).float().softmax(-1).cpu() for part in parts])
+    given = torch.cat([net(part.to(like)).float().softmax(-1).cpu() for part in some["image"].split(100)])
     counts = torch.bincount(labels, minlength=given.shape[1])
     weights = 1 / counts.clamp(min=1).to(given)
     gradients, own = given - F.one_hot(labels, given.shape[1]), weights[labels]

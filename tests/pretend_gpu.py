@@ -18,9 +18,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
 from evaluator import training
+from evaluator.ensemble import AVX512
 
 GPU, CPU = torch.device("cuda"), torch.device("cpu")
-AVX512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
 # Operations that may read from another device than the one they write to.
 BETWEEN_DEVICES = {torch.ops.aten.copy_, torch.ops.aten._to_copy, torch.ops.aten.set_}
 INDEXING = {torch.ops.aten.index, torch.ops.aten.index_put, torch.ops.aten.index_put_, torch.ops.aten._index_put_impl_}
