@@ -63,10 +63,9 @@ def workers(address: str, device: str) -> tuple[str, int]:
     client, here = _client(address), versions()
 
     def look() -> dict:  # sent by value, so that a worker without the kit can say so
-        from evaluator.cluster import in_child, versions
-        from evaluator.evaluation import working_device
+        from evaluator.cluster import _device, in_child, versions
 
-        return {"versions": versions(), "device": in_child(working_device, device, "its GPU")}
+        return {"versions": versions(), "device": in_child(_device, device, "its GPU")}
 
     devices: dict[str, str] = {}
     for worker, found in client.run(look, on_error="return").items():
@@ -140,6 +139,12 @@ def _on_a_worker(sent: bytes, task: object, name: str, there: dict[str, str]) ->
             return in_child(_Sent(sent, folder), task, name)
     except Problem as problem:
         raise type(problem)(f"{problem} (on worker {worker})") from None
+
+
+def _device(wanted: str) -> str:
+    from evaluator.evaluation import working_device  # here, so that the worker's own process does without torch
+
+    return working_device(wanted)
 
 
 def in_child(job: Callable, task: object, name: str) -> object:

@@ -41,8 +41,9 @@ def run(data: Path, results: Path, *arguments, runs: int = 4, jobs: int = 1) -> 
     return evaluate.main([str(argument) for argument in [*arguments, *common]])
 
 
-def command(data: Path, results: Path, *arguments, runs: int = 4, jobs: int = 1) -> list[str]:
-    common = ["--data", data, "--results", results, "--runs", runs, "--jobs", jobs, "--device", "cpu"]
+def command(data: Path, results: Path, *arguments, runs: int = 4, jobs: int | None = 1) -> list[str]:
+    common = ["--data", data, "--results", results, "--runs", runs, "--device", "cpu"]
+    common += ["--jobs", jobs] if jobs else []
     return [sys.executable, str(ROOT / "evaluate.py"), *(str(argument) for argument in [*arguments, *common])]
 
 
@@ -97,10 +98,11 @@ fork = multiprocessing.get_context("fork")
 multiprocessing.get_context = lambda method: fork  # workers too start without importing
 multiprocessing.forkserver.ensure_running = lambda: None
 for line in sys.stdin:
-    arguments, errors, largest_file = json.loads(line)
+    arguments, errors, largest_file, environment = json.loads(line)
     child = os.fork()
     if child == 0:
         os.setsid()
+        os.environ.update(environment)
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
         if largest_file:
@@ -116,9 +118,11 @@ for line in sys.stdin:
             [sys.executable, "-c", self.SOURCE], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
 
-    def start(self, *arguments, largest_file: int | None = None, **options) -> int:
+    def start(
+        self, *arguments, largest_file: int | None = None, environment: dict[str, str] | None = None, **options
+    ) -> int:
         """What `command` would run; returns the process' number. largest_file: bytes that no file may grow beyond."""
-        asked = [command(*arguments, **options)[2:], str(self.file), largest_file]
+        asked = [command(*arguments, **options)[2:], str(self.file), largest_file, environment or {}]
         print(json.dumps(asked), file=self.process.stdin, flush=True)
         self.child = int(self.process.stdout.readline())
         return self.child

@@ -130,12 +130,6 @@ def run(address: str, data: Path, results: Path, *arguments, runs: int = 8) -> i
     return evaluate.main([str(argument) for argument in [*arguments, *common]])
 
 
-def in_background(address: str, data: Path, results: Path, *arguments, runs: int = 8) -> subprocess.Popen:
-    common = ["--data", data, "--results", results, "--runs", runs, "--device", "cpu", "--dask", address]
-    command = [sys.executable, ROOT / "evaluate.py", *arguments, *common]
-    return subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
 def done(results: Path) -> dict[Path, int]:
     return {path: when for path, when in evaluate_helpers.times(results).items() if "gated" in path.parts}
 
@@ -153,6 +147,8 @@ def test_the_same_as_on_one_machine(two_workers, data, method, tmp_path):
     assert run(two_workers.address, data, there, method, FINETUNE) == 0
     assert kept(there) == kept(here)
     assert len(list(there.rglob("run_*.npz"))) == 3 * 8
+    with two_workers.client() as client:  # a worker's own process only starts others, and stays small
+        assert not any(client.run(lambda: "torch" in __import__("sys").modules).values())
 
 
 def test_weights_come_back_too(two_workers, data, tmp_path):
@@ -160,11 +156,11 @@ def test_weights_come_back_too(two_workers, data, tmp_path):
     assert len(list(tmp_path.rglob("network_*.pth"))) == 2 * 4
 
 
-def test_a_worker_that_joins_late_gets_work_and_does_that_of_one_killed(tmp_path, data, results, gated):
+def test_a_worker_that_joins_late_gets_work_and_does_that_of_one_killed(tmp_path, data, results, gated, launcher):
     here = tmp_path / "here"
     shutil.copytree(results, here)
     with started(tmp_path, 1) as made:
-        working = in_background(made.address, data, results, gated.method)
+        launcher.start(data, results, gated.method, "--dask", made.address, runs=8, jobs=None)
         wait_until(lambda: done(results))
         made.worker("late")
         made.wait_for(2)
@@ -172,20 +168,19 @@ def test_a_worker_that_joins_late_gets_work_and_does_that_of_one_killed(tmp_path
             wait_until(lambda: all(client.processing().values()))  # both have tasks
         made.kill("worker 0")
         gated.open()
-        _, errors = working.communicate(timeout=180)
-    assert working.returncode == 0, errors
+        assert launcher.wait() == 0, launcher.errors()
     assert evaluate_helpers.run(data, here, gated.method, runs=8) == 0
     assert kept(results) == kept(here)
 
 
-def test_a_lost_scheduler(tmp_path, data, results, gated, monkeypatch):
-    monkeypatch.setenv("DASK_DISTRIBUTED__COMM__TIMEOUTS__CONNECT", "3s")
+def test_a_lost_scheduler(tmp_path, data, results, gated, launcher):
+    soon = {"DASK_DISTRIBUTED__COMM__TIMEOUTS__CONNECT": "3s"}
     with started(tmp_path, 1) as made:
-        working = in_background(made.address, data, results, gated.method)
+        launcher.start(data, results, gated.method, "--dask", made.address, runs=8, jobs=None, environment=soon)
         wait_until(lambda: done(results))
         made.kill("scheduler")
-        _, errors = working.communicate(timeout=180)
-    assert working.returncode == 1
+        assert launcher.wait() == 1
+    errors = launcher.errors()
     line = errors.rstrip("\n").splitlines()[-1]
     assert re.match(r"error: tcp://\S+: the scheduler or the data sent to it were lost .*the same command goes on$", line)
     assert "Traceback" not in errors
@@ -237,7 +232,7 @@ def test_no_worker(data, tmp_path, capsys):
     assert f"--dask {made.address}: the scheduler has no worker" in line
 
 
-def test_workers_that_differ(tmp_path, data, results, gated, capsys):
+def test_workers_that_differ(tmp_path, data, results, gated, launcher, capsys):
     other, nothing = tmp_path / "other", tmp_path / "nothing"
     shutil.copytree(ROOT / "evaluator", other / "evaluator")
     with (other / "evaluator" / "metric.py").open("a") as file:
@@ -245,11 +240,10 @@ def test_workers_that_differ(tmp_path, data, results, gated, capsys):
     nothing.mkdir()
     differs = r"error: worker tcp://\S+: the kit is \w+, here \w+: give it the same, or stop it"
     with started(tmp_path, 1) as made:
-        working = in_background(made.address, data, results, gated.method)
+        launcher.start(data, results, gated.method, "--dask", made.address, runs=8, jobs=None)
         wait_until(lambda: done(results))
         made.worker("other", other)
-        _, errors = working.communicate(timeout=180)
-        assert working.returncode == 1 and re.match(differs, errors.splitlines()[-1])
+        assert launcher.wait() == 1 and re.match(differs, launcher.errors().splitlines()[-1])
         assert re.match(differs, refused(capsys, run(made.address, data, results, FINETUNE)))
         made.kill("other")
         made.wait_for(1)
@@ -286,12 +280,11 @@ def test_jobs_are_the_workers_own_matter(two_workers, data, tmp_path, capsys):
     )
 
 
-def test_an_interruption_leaves_no_task(two_workers, data, results, gated):
-    working = in_background(two_workers.address, data, results, gated.method)
+def test_an_interruption_leaves_no_task(two_workers, data, results, gated, launcher):
+    child = launcher.start(data, results, gated.method, "--dask", two_workers.address, runs=8, jobs=None)
     wait_until(lambda: done(results))
-    working.send_signal(signal.SIGINT)
-    _, errors = working.communicate(timeout=60)
-    assert working.returncode == 130 and "the same command resumes from there" in errors
+    os.kill(child, signal.SIGINT)
+    assert launcher.wait() == 130 and "the same command resumes from there" in launcher.errors()
     gated.open()
     with two_workers.client() as client:
         wait_until(lambda: not any(client.processing().values()), 20)
