@@ -465,15 +465,27 @@ def test_shrink_perturb_gives_weights_the_size_of_fresh_ones(decayed):
             net.bn1.weight.fill_(2.0)
             net.layer3[0].conv1.weight.mul_(decayed)
         shrink_perturb.shrink_and_perturb(net, kept, torch.Generator().manual_seed(1), ["layer1"])
-        old, new = fresh.layer3[0].conv1.weight, net.layer3[0].conv1.weight
-        assert torch.isclose(new.std(), old.std(), rtol=0.05)
-        alike = torch.cosine_similarity(old.flatten(1), new.flatten(1))
-        assert (alike > 0.999).double().mean().item() == pytest.approx(kept, abs=0.1)  # of 64 filters
+        pairs = [[one.layer3[0].get_submodule(name).weight for one in (fresh, net)] for name in ("conv1", "conv2")]
+        assert all(torch.isclose(new.std(), old.std(), rtol=0.05) for old, new in pairs)
+        alike = torch.cat([torch.cosine_similarity(old.flatten(1), new.flatten(1)) for old, new in pairs])
+        assert (alike > 0.999).double().mean().item() == pytest.approx(kept, abs=0.1)  # of 128 filters
         assert (alike[alike < 0.999].abs() < 0.3).all()
         assert torch.allclose(net.bn1.weight, torch.tensor(1 + kept))
         early = torch.cosine_similarity(fresh.layer1[0].conv1.weight.flatten(1), net.layer1[0].conv1.weight.flatten(1))
         expected = 1 - (1 - kept) * shrink_perturb.EARLY
         assert (early > 0.999).double().mean().item() == pytest.approx(expected, abs=0.2)  # of 16 filters
+
+
+def test_shrink_perturb_draws_filters_that_look_where_the_old_ones_do():
+    """Half of what a fresh filter weighs is a mixture of old ones, and no fresh filter is any old one."""
+    net = nn.Sequential(nn.Conv2d(16, 32, 3))
+    with torch.no_grad():
+        net[0].weight[:, 4:] = 0  # they look at 4 of 16 channels
+    old = net[0].weight.detach().flatten(1).clone()
+    shrink_perturb.shrink_and_perturb(net, 0.0, torch.Generator().manual_seed(1), [])
+    new = net[0].weight.detach()
+    assert (new[:, :4].square().sum() / new.square().sum()).item() == pytest.approx(0.5 + 0.5 * 4 / 16, abs=0.05)
+    assert torch.cosine_similarity(old[:, None], new.flatten(1), dim=2).abs().max() < 0.6
 
 
 def test_shrink_perturb_takes_a_layer_of_zeros():
