@@ -221,8 +221,7 @@ def shrink_and_perturb(net: nn.Module, kept: float, generator: torch.Generator |
 
     A filter is what makes one output of a layer; all else are biases and batch norm. The weights of a layer are first
     brought to the size that fresh ones have: weight decay can have made them many times smaller, and the fresh filters
-    would drown the others. In front of batch norm the size has no effect. To each fresh filter of a convolution a random
-    mixture of all old ones is added, of the same size: it looks at what they look at, and does what none of them did.
+    would drown the others. In front of batch norm the size has no effect.
     """
     for place, layer in net.named_modules():
         stay = 1 - (1 - kept) * (EARLY if place.split(".")[0] in early else 1)
@@ -230,10 +229,6 @@ def shrink_and_perturb(net: nn.Module, kept: float, generator: torch.Generator |
             fresh = initialised_like(old, layer, name, generator)
             if name == "weight" and old.dim() > 1:
                 old.mul_(fresh.norm() / old.norm().clamp(min=1e-12))
-                if isinstance(layer, nn.Conv2d):
-                    mixture = old.new_empty(len(old), len(old)).normal_(generator=generator) @ old.flatten(1)
-                    mixture *= fresh.norm() / mixture.norm().clamp(min=1e-12)
-                    fresh = (fresh + mixture.view_as(fresh)) / 2**0.5
                 stays = torch.rand(len(old), generator=generator, device=old.device) < stay
                 old.copy_(torch.where(stays.view(-1, *[1] * (old.dim() - 1)), old, fresh))
             else:
