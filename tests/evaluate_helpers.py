@@ -115,23 +115,24 @@ for line in sys.stdin:
     def __init__(self, folder: Path):
         self.file = folder / "errors"
         self.process = subprocess.Popen(
-            [sys.executable, "-c", self.SOURCE], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
+            [sys.executable, "-c", self.SOURCE], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0
+        )  # without a buffer, so that select sees all that is left to read
 
     def start(
         self, *arguments, largest_file: int | None = None, environment: dict[str, str] | None = None, **options
     ) -> int:
         """What `command` would run; returns the process' number. largest_file: bytes that no file may grow beyond."""
         asked = [command(*arguments, **options)[2:], str(self.file), largest_file, environment or {}]
-        print(json.dumps(asked), file=self.process.stdin, flush=True)
+        self.process.stdin.write(f"{json.dumps(asked)}\n".encode())
         self.child = int(self.process.stdout.readline())
         return self.child
 
     def running(self) -> bool:
         return not select.select([self.process.stdout], [], [], 0)[0]
 
-    def wait(self) -> int:
+    def wait(self, seconds: float = 300) -> int:
         """The exit code, once it has ended."""
+        assert select.select([self.process.stdout], [], [], seconds)[0], f"still running after {seconds} seconds"
         return int(self.process.stdout.readline())
 
     def errors(self) -> str:
