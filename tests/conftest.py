@@ -28,11 +28,11 @@ torch.set_num_threads(1)
 
 @pytest.fixture(scope="session")
 def small_digits(tmp_path_factory) -> Path:
-    """The first 300 digits, as if 15 people had written them, and a recipe of one epoch: forget sets of some 16 images.
+    """The first 300 digits, as if 7 people had written them, and a recipe of one epoch: three forget sets of some 30 images.
     Copy the folder before changing it."""
     folder = tmp_path_factory.mktemp("data") / "small_digits"
     recipe = RECIPE | {"width": 4, "small_images": True, "epochs": 1, "networks_at_once": 4}
-    write(folder, digits(300, 90, {"public": 0, "private": 1, "private-2": 2}, recipe))
+    write(folder, digits(300, 42, {"public": 0, "private": 1, "private-2": 2}, recipe))
     return folder
 
 

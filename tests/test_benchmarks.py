@@ -330,11 +330,11 @@ def test_the_gpus_benchmark_needs_one(monkeypatch):
 def test_originals_differ_in_their_seed_alone(data, pools, tmp_path, capsys):
     results = shutil.copytree(pools, tmp_path / "results")
     finetune = str(HERE / "methods" / "finetune.py")
-    arguments = ["--data", str(data), "--runs", "16", "--jobs", "1", "--results", str(results), "--originals", "2"]
+    arguments = ["--data", str(data), "--runs", "4", "--jobs", "1", "--results", str(results), "--originals", "2"]
     assert originals.main([finetune, *arguments, "--split", "p*[ce]"]) == 0
     said = capsys.readouterr().out
-    assert "2 originals, 16 runs" in said and "means over the forget sets" in said
-    evaluation = Evaluation.of(str(data), "public", 16, results, jobs=1, device="cpu")
+    assert "2 originals, 4 runs" in said and "means over the forget sets" in said
+    evaluation = Evaluation.of(str(data), "public", 4, results, jobs=1, device="cpu")
     usual, other = (originals.original(evaluation, seed) for seed in (0, 1))
     assert network_digest(usual) == network_digest(evaluation.original()) != network_digest(other)
     method = Method.read(finetune)

@@ -138,7 +138,7 @@ def test_names_and_patterns_of_splits(tmp_path):
 def test_small_digits_have_splits_too(small_digits):
     for split in ("public", "private", "private-2"):
         data = load(small_digits, split)
-        assert len(data.forget) >= 15 and len(data.retain) >= 150 and len(data.test) == 30
+        assert len(data.forget) >= 30 and len(data.retain) >= 150 and len(data.test) == 30
 
 
 # Reading.

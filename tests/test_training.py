@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from evaluator import pool, training
-from evaluator.data import Data, Examples, Loader, load, say
+from evaluator.data import Data, Loader, load, say
 from evaluator.ensemble import Ensemble
 from evaluator.files import Problem
 from evaluator.metric import logit_scaled_confidence
@@ -104,8 +104,7 @@ def test_the_ends_of_the_ranges(data):
 def test_a_last_batch_of_few_images_is_warned_of(data, capsys):
     """Batch norm's statistics of two images break a training."""
     say.cache_clear()
-    count = 220  # 0 to 5 are left after whole batches of some size
-    data = dataclasses.replace(data, retain=Examples(*(part[:count] for part in vars(data.retain).values())))
+    count = len(data.retain)
     for last in range(6):
         batch_size = next(size for size in range(16, count) if count % size == last)
         Recipe.of(dataclasses.replace(data, recipe=data.recipe | {"batch_size": batch_size}))
