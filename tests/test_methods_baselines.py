@@ -27,7 +27,6 @@ from torch.utils.data import DataLoader
 
 from evaluator.data import Examples, Loader
 from evaluator.ensemble import Ensemble
-from evaluator.metric import logit_scaled_confidence
 from evaluator.models import resnet18
 from evaluator.training import generators
 from methods import (
@@ -508,18 +507,17 @@ def test_shrink_perturb_learns_for_a_part_of_the_counted_steps(frozen):
 
 
 @pytest.mark.parametrize("freeze", [True, False])
-def test_shrink_perturb_keeps_more_before_more_steps(monkeypatch, freeze):
-    """About half for what was tried, almost nothing before a step; a value that is given is taken."""
+def test_shrink_perturb_keeps_half_however_many_steps_follow(monkeypatch, freeze):
+    """Some more where nothing is frozen; a value that is given is taken."""
     seen = []
     monkeypatch.setattr(shrink_perturb, "shrink_and_perturb", lambda net, kept, *_: seen.append(kept))
     monkeypatch.setattr(shrink_perturb, "learn", lambda *_: None)
-    for steps in (1, 85, 1004, 100_000):
+    for steps in (1, 85, 100_000):
         monkeypatch.setattr(shrink_perturb, "budget", lambda *_, steps=steps: (None, steps))
         for kept in (0, 0.25):
             config = shrink_perturb.Config(kept=kept, calibrate=False, freeze=freeze)
             shrink_perturb.unlearning(resnet18(10, width=4), *loaders(), config)
-    assert seen[1::2] == [0.25] * 4
-    assert seen[::2] == pytest.approx([0.002, 0.446, 0.956, 0.97] if freeze else [0.007, 0.732, 0.97, 0.97], abs=1e-3)
+    assert seen == [0.5 if freeze else 0.6, 0.25] * 3
 
 
 def test_shrink_perturb_decays_weights_as_the_originals_were(original, monkeypatch):
@@ -539,36 +537,36 @@ def test_shrink_perturb_decays_weights_as_the_originals_were(original, monkeypat
     assert shrink_perturb.relative_sizes(nn.Linear(2, 2)) == 1  # no convolution shows anything
 
 
-def test_shrink_perturb_learns_slowly_where_the_original_did(original, monkeypatch):
-    """Biases of batch norm that moved little show it; then the smallest layer alone shows decay."""
+def test_shrink_perturb_learns_as_the_original_did(original):
+    """The first batch norm shows Adam, all of them its rate. After a slow training the smallest layer shows decay."""
 
-    def after(moved: float) -> nn.Module:
+    def after(first: float, others: float) -> nn.Module:
         net = copy.deepcopy(original)
         with torch.no_grad():
             for name, value in net.state_dict().items():
                 if "bn" in name and name.endswith("bias"):
-                    value.fill_(moved)
+                    value.fill_(first if name == "bn1.bias" else others)
             net.layer4[1].conv2.weight.mul_(0.1)
         return net
 
-    kept, trainings = [], []
-    monkeypatch.setattr(shrink_perturb, "shrink_and_perturb", lambda net, stay, *_: kept.append(stay))
-    monkeypatch.setattr(shrink_perturb, "learn", lambda *arguments: trainings.append(arguments[-2][:3]))
-    for values in ({}, {"kept": 0.5, "learning_rate": 0.02, "weight_decay": 0.01}):
-        for net in (after(1e-3), after(2e-2), after(1e-1), nn.Sequential(nn.Flatten(), nn.Linear(64, 10))):
-            config = shrink_perturb.Config(calibrate=False, epochs=1000, **values)
-            shrink_perturb.unlearning(net, *loaders(), config)
-    assert kept == [0.85, 0.85, 0.97, 0.97] + [0.5] * 4
-    rates = [rate for _, rate, _ in trainings[:4]]
-    assert rates == pytest.approx([5e-4, 6 * 2e-2**2, 0.1, 0.1])
-    assert [(slow, decay) for slow, _, decay in trainings[:4]] == [(True, 5e-3), (True, 5e-3), (False, 5e-4), (False, 5e-4)]
-    assert trainings[4:] == [(True, 0.02, 0.01), (True, 0.02, 0.01), (False, 0.02, 0.01), (False, 0.02, 0.01)]
+    def found(net: nn.Module, steps: int = 1000, **values):
+        return tuple(shrink_perturb.as_trained(net, RETAIN, steps, True, shrink_perturb.Config(**values))[:4])
+
+    assert found(after(1e-3, 1e-3)) == (True, 5e-4, 5e-3, 1 / (1 + 0.045**0.5))
+    assert found(after(5e-2, 2e-2), 10**6) == (True, pytest.approx(6 * 2e-2**2), 5e-3, 0.85)
+    assert found(after(5e-2, 4e-2)) == (True, 5e-3, 5e-4, 0.5)
+    assert found(after(1e-1, 2e-2)) == (False, 0.1, 5e-4, 0.5)
+    assert found(nn.Sequential(nn.Flatten(), nn.Linear(64, 10))) == (False, 0.1, 5e-4, 0.5)  # shows nothing
+    given = {"kept": 0.4, "learning_rate": 0.02, "weight_decay": 0.01}
+    assert [found(net, **given) for net in (after(1e-3, 1e-3), after(1e-1, 1e-1))] == [
+        (adam, 0.02, 0.01, 0.4) for adam in (1, 0)
+    ]
 
 
-def test_shrink_perturb_learns_slowly_by_adam(original):
+def test_shrink_perturb_learns_by_adam(original):
     """Adam's first step moves each weight by the learning rate, whatever the gradient."""
     net, config = copy.deepcopy(original), shrink_perturb.Config(rise=0.9)
-    training = shrink_perturb.Training(True, 1e-3, 0.0, torch.ones(10))
+    training = shrink_perturb.Training(True, 1e-3, 0.0, 0.5, torch.ones(10))
     shrink_perturb.learn(net, [net], [None], loaders()[0], 1, [], training, config)
     moved = (net.fc.weight - original.fc.weight).abs()
     assert moved.max().item() == pytest.approx(1e-3 * 0.5 / 0.9, rel=1e-3)
@@ -618,7 +616,7 @@ def test_shrink_perturb_freezes_the_first_stage_of_a_resnet(original, monkeypatc
 
     def learnt(steps: int, stop: int | None = None) -> nn.Module:
         net, config = copy.deepcopy(original), shrink_perturb.Config()
-        training = shrink_perturb.Training(False, 0.1, 5e-4, None)
+        training = shrink_perturb.Training(False, 0.1, 5e-4, 0.5, None)
 
         def watch(*_):
             seen.append(1)
@@ -649,69 +647,87 @@ def test_shrink_perturb_freezes_the_first_stage_of_a_resnet(original, monkeypatc
     assert len(kept[0][1]) == 60 and len(batch[0]) == 16 and len(drawn) > 8 and drawn <= known
 
 
-def confidence_by_class(net: nn.Module, part: Examples) -> torch.Tensor:
-    return shrink_perturb.confidences(logits(net, part).double()[None], *shrink_perturb.classes(part.age_group[None], 10))
+def seen_on_validation(net: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
+    """(the mean confidence in each class [classes], its standard deviation within a class)."""
+    parts = shrink_perturb.classes(VALIDATION.age_group[None], 10)
+    means, spread = shrink_perturb.confidences(logits(net, VALIDATION).double()[None], *parts)
+    return means[0], spread[0]
 
 
-def calibrated(net: nn.Module, aim: torch.Tensor, forget: Examples, share: float = 1, **values) -> nn.Module:
-    net = copy.deepcopy(net)
+def calibrated(net: nn.Module, means: torch.Tensor, forget: Examples, share: float = 1, spread: float = 0, **values):
+    """net, corrected after an original with these means and this spread (0: a smaller one than its own)."""
+    net, aim = copy.deepcopy(net), (means[None], torch.full((1,), float(spread)).double())
     config = shrink_perturb.Config(share=share, **values)
     shrink_perturb.calibrate(net, [net], aim, DataLoader(VALIDATION, 8), DataLoader(forget, 8), config)
     return net
 
 
+@pytest.fixture
+def unscaled(monkeypatch):
+    monkeypatch.setattr(shrink_perturb, "LEAST_SCALE", 1)
+
+
+THERE = [label for label in range(10) if label in FORGET.age_group and label in VALIDATION.age_group]
+
+
 def test_shrink_perturb_gives_the_validation_set_the_confidence_of_the_original(original):
     """In the classes of the forget set; and the network stays the same but for its last layer."""
-    aim = confidence_by_class(original, VALIDATION)
+    aim, _ = seen_on_validation(original)
     timid = copy.deepcopy(original)
     with torch.no_grad():
         timid.fc.weight.mul_(0.5)
         timid.fc.bias.mul_(0.5).add_(torch.linspace(-1, 1, 10))
     nets = [calibrated(timid, aim, FORGET, prior=0, bias_cost=cost) for cost in (1e-6, 0.3)]
-    there = [label for label in range(10) if label in FORGET.age_group and label in VALIDATION.age_group]
-    gaps = [(confidence_by_class(net, VALIDATION) - aim)[0, there].abs().mean() for net in (*nets, timid)]
+    gaps = [(seen_on_validation(net)[0] - aim)[THERE].abs().mean() for net in (*nets, timid)]
     assert gaps[0] < 0.01 < gaps[1] < gaps[2] / 2
     for net in nets:
         assert changed(net, timid) == {"fc.weight", "fc.bias"}
 
 
-def test_shrink_perturb_trusts_a_class_by_its_images(original):
+def test_shrink_perturb_trusts_a_class_by_its_images(original, unscaled):
     """With a strong prior all classes are raised by as much as they miss on average, whatever each of them misses."""
     share = torch.bincount(FORGET.age_group, minlength=10) * torch.isin(torch.arange(10), VALIDATION.age_group)
-    now, share = confidence_by_class(original, VALIDATION), share / share.sum()
+    now, share = seen_on_validation(original)[0], share / share.sum()
     uneven = now + torch.linspace(0.5, 1.5, 10)
     for prior, wanted in ((1e8, now + (share * (uneven - now)).sum()), (0, uneven)):
-        net = calibrated(original, uneven, FORGET, prior=prior, bias_cost=1e-6, scale=1)
-        assert torch.allclose(confidence_by_class(net, VALIDATION)[0, share > 0], wanted[0, share > 0].double(), atol=0.02)
+        net = calibrated(original, uneven, FORGET, prior=prior, bias_cost=1e-6)
+        assert torch.allclose(seen_on_validation(net)[0][share > 0], wanted[share > 0].double(), atol=0.02)
 
 
-def test_shrink_perturb_brings_the_images_closer_together(original):
-    """A smaller scale leaves the mean confidence of a class where it is, and the images of the class less far apart."""
-    aim = confidence_by_class(original, VALIDATION)
-    far, near = (calibrated(original, aim, FORGET, scale=scale, prior=0, bias_cost=1e-6) for scale in (1, 0.5))
-    assert torch.allclose(confidence_by_class(near, VALIDATION), confidence_by_class(far, VALIDATION), atol=0.02)
-
-    def spread(net: nn.Module) -> float:
-        answered = logit_scaled_confidence(logits(net, VALIDATION)[None], VALIDATION.age_group[None])[0]
-        return sum(answered[VALIDATION.age_group == label].var(correction=0) for label in VALIDATION.age_group.unique())
-
-    assert spread(near) < 0.8 * spread(far)
+def test_shrink_perturb_moves_the_images_apart_as_the_original_does(original):
+    """Up to a limit, and not closer together than they were. The mean confidence of a class stays where it is."""
+    now, spread = seen_on_validation(original)
+    for times, found in ((0.1, 1), (1.5, 1.5), (100, shrink_perturb.MOST_SCALE)):
+        net = calibrated(original, now, FORGET, spread=times * spread, prior=0, bias_cost=1e-6)
+        assert torch.allclose(seen_on_validation(net)[0][THERE], now[THERE], atol=0.02)
+        assert seen_on_validation(net)[1].item() == pytest.approx(found * spread.item(), rel=0.15)
 
 
-def test_shrink_perturb_makes_up_a_share_of_what_is_missing(original):
-    now = confidence_by_class(original, VALIDATION)
-    net = calibrated(original, now + 2, FORGET, scale=1, share=0.5, prior=0, bias_cost=1e-6)
-    there = [label for label in range(10) if label in FORGET.age_group and label in VALIDATION.age_group]
-    assert torch.allclose(confidence_by_class(net, VALIDATION)[0, there], now[0, there] + 1, atol=0.02)
+def test_shrink_perturb_scales_down_what_raising_moves_apart(original, monkeypatch):
+    """The images of a class end as far apart as before."""
+    now, spread = seen_on_validation(original)
+    nets = []
+    for least in (0.5, 1):
+        monkeypatch.setattr(shrink_perturb, "LEAST_SCALE", least)
+        nets.append(calibrated(original, now + 3, FORGET, prior=0, bias_cost=1e-6))
+        assert torch.allclose(seen_on_validation(nets[-1])[0][THERE], now[THERE] + 3, atol=0.02)
+    scaled, unscaled = ((seen_on_validation(net)[1] / spread).item() for net in nets)
+    assert unscaled > 1.02 and scaled == pytest.approx(1, abs=(unscaled - 1) / 4)
+
+
+def test_shrink_perturb_makes_up_a_share_of_what_is_missing(original, unscaled):
+    now, _ = seen_on_validation(original)
+    net = calibrated(original, now + 2, FORGET, share=0.5, prior=0, bias_cost=1e-6)
+    assert torch.allclose(seen_on_validation(net)[0][THERE], now[THERE] + 1, atol=0.02)
 
 
 def test_shrink_perturb_never_corrects_for_the_worse(original):
     """A network that is wrong everywhere cannot be made confident: what is tried in vain is taken back."""
-    wrong, aim = copy.deepcopy(original), confidence_by_class(original, VALIDATION)
+    wrong, (aim, _) = copy.deepcopy(original), seen_on_validation(original)
     with torch.no_grad():
         wrong.fc.weight.neg_()
     net = calibrated(wrong, aim, FORGET, bias_cost=1e-6)
-    gaps = [(confidence_by_class(each, VALIDATION) - aim).square().mean() for each in (net, wrong)]
+    gaps = [(seen_on_validation(each)[0] - aim).square().mean() for each in (net, wrong)]
     assert gaps[0] <= gaps[1] and all(tensor.isfinite().all() for tensor in net.state_dict().values())
 
 
@@ -720,5 +736,5 @@ def test_shrink_perturb_corrects_nothing_where_it_knows_nothing(original):
     unknown = next(label for label in range(10) if label not in VALIDATION.age_group)
     forget = examples(20, 4)
     forget.age_group.fill_(unknown)
-    same = calibrated(original, confidence_by_class(original, VALIDATION) + 1, forget)
+    same = calibrated(original, seen_on_validation(original)[0] + 1, forget)
     assert torch.equal(same.fc.weight, original.fc.weight) and torch.equal(same.fc.bias, original.fc.bias)
