@@ -20,7 +20,7 @@ KEPT = (0.01, 0.2, 0.4, 0.6, 0.8, 0.95)
 OTHERS = (
     {},
     {"calibrate": False},
-    {"scale": 1.0},
+    {"scale": 0.8},
     {"share": 1.0},
     {"freeze": False},
     {"learning_rate": 0.05},

@@ -31,7 +31,7 @@ NORM_LAYERS = (nn.BatchNorm2d, nn.LayerNorm, nn.GroupNorm)
 # the first stage of a ResNet is frozen, a step costs 0.5 to 0.6 of what it did.
 SMALL = 300_000  # weights
 PARTS = {(True, True): 0.38, (True, False): 0.25, (False, True): 0.27, (False, False): 0.18}  # (small, frozen)
-# Of the old filters about half was best before 85 steps or 1,100, after weak weight decay or strong. With more kept the runs
+# Of the old filters about half was best before 84 steps or 958, after weak weight decay or strong. With more kept the runs
 # are the more alike the longer the original was trained. Where nothing is frozen there is less time to learn.
 KEPT = {True: 0.5, False: 0.6}  # by frozen
 FREEZE_AT = 0.2  # of the steps
