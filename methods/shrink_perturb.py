@@ -392,28 +392,30 @@ def calibrate(net, members, aim: tuple[Tensor, Tensor], val_loader, forget_loade
     cost = F.pad(config.bias_cost * (weight + 0.01), (1, 0), value=1e-6)
     scale = most
 
-    def corrected(values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The logits, what is missing in each class, and what it costs in all."""
-        scaled = scale[:, None, None] * logits
-        own = confidences(scaled, of_class, mean)[0]
-        common = (weight * (aim[0] - own)).sum(1, keepdim=True) / weight.sum(1, keepdim=True)
-        goal = own + config.share * (common + trust * (aim[0] - own - common))
-        moved = scaled + values[:, :1, None] * raised + values[:, None, 1:]
+    def corrected(values: Tensor) -> Tensor:
+        return scale[:, None, None] * logits + values[:, :1, None] * raised + values[:, None, 1:]
+
+    def missing(moved: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """(how far each class is from its goal, what that and the values cost in all)."""
         gap = goal - confidences(moved, of_class, mean)[0]
-        return moved, gap, (weight * gap**2).sum(1) + (cost * values**2).sum(1)
+        return gap, (weight * gap**2).sum(1) + (cost * values**2).sum(1)
 
     damping = torch.full((len(members), 1, 1), 0.01).to(logits)
     for _ in range(20):  # Levenberg-Marquardt; between its steps the scale follows
-        spread = confidences(corrected(values)[0], of_class, mean)[1]
+        spread = confidences(corrected(values), of_class, mean)[1]
         scale = torch.clamp(scale * wanted / spread.clamp(min=1e-9), LEAST_SCALE * most, most)
-        moved, gap, loss = corrected(values)
+        own = confidences(scale[:, None, None] * logits, of_class, mean)[0]
+        common = (weight * (aim[0] - own)).sum(1, keepdim=True) / weight.sum(1, keepdim=True)
+        goal = own + config.share * (common + trust * (aim[0] - own - common))
+        moved = corrected(values)
+        gap, loss = missing(moved, values)
         slope = of_class - moved.masked_fill(of_class.bool(), -torch.inf).softmax(-1)  # of the confidences
         slopes = mean @ torch.cat([(slope * raised).sum(-1, keepdim=True), slope], -1)  # [K, classes, values]
         weighted = (weight[..., None] * slopes).mT
         gain = (weighted @ gap[..., None]).squeeze(-1) - cost * values
         curvature = weighted @ slopes + cost.diag_embed()
         tried = values + torch.linalg.solve(curvature + damping * torch.eye(cost.shape[1]).to(logits), gain)
-        better = corrected(tried)[-1] < loss
+        better = missing(corrected(tried), tried)[1] < loss
         values = torch.where(better[:, None], tried, values)
         damping = torch.where(better[:, None, None], damping / 10, damping * 10)
     for member, value, weights, times in zip(members, values.float(), fitted.float(), scale.float()):
