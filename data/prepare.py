@@ -62,7 +62,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     names = parser.add_subparsers(dest="name", required=True, metavar="NAME")
     for name, source in SOURCES.items():
-        one = names.add_parser(name, help=source.help, description=source.help)
+        one = names.add_parser(name, help=source.help.replace("%", "%%"), description=source.help)
         one.add_argument("--folder", type=Path, default=HERE / name, help=f"where to (default: data/{name})")
         source.options(one)
     options = vars(parser.parse_args(arguments))

@@ -55,6 +55,15 @@ def test_the_same_files_on_every_run(digits, tmp_path):
     assert digests(tmp_path / "digits") == digests(digits)
 
 
+@pytest.mark.parametrize("name", prepare.SOURCES)
+def test_help_names_every_source(name, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")  # no line is broken
+    for arguments in (["--help"], [name, "--help"]):
+        with pytest.raises(SystemExit, match="^0$"):
+            prepare.main(arguments)
+        assert prepare.SOURCES[name].help in capsys.readouterr().out
+
+
 def test_the_competitions_layout(digits):
     names = {"validation.csv", "test.csv", "age_class_weights.json", "dataset.json"}
     names |= {f"{split}/{part}.csv" for split in splits(digits, "*") for part in ("retain", "forget")}
