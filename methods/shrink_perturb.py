@@ -10,8 +10,8 @@ the original nor this network was trained on: the last layer is corrected until 
 the classes of the forget set, as the original, and no less sure of its mistakes. Of the forget set only the labels are used.
 
 No value has to be tuned to the data: how long to learn follows from the original's training steps, which batch norm counts,
-and the weight decay from the size of the original's weights. Whether Adam trained it, and how fast, shows as well: then this
-network, too, learns by Adam.
+and the weight decay from the size of the original's weights. How far batch norm's biases moved shows whether Adam or SGD
+trained it, and at what rate: this network learns alike, at a few times that rate.
 """
 
 import math
@@ -31,8 +31,9 @@ NORM_LAYERS = (nn.BatchNorm2d, nn.LayerNorm, nn.GroupNorm)
 # the first stage of a ResNet is frozen, a step costs 0.5 to 0.6 of what it did.
 SMALL = 300_000  # weights
 PARTS = {(True, True): 0.38, (True, False): 0.25, (False, True): 0.27, (False, False): 0.18}  # (small, frozen)
-# Of the old filters about half was best before 84 steps or 958, after weak weight decay or strong. With more kept the runs
-# are the more alike the longer the original was trained. Where nothing is frozen there is less time to learn.
+# Of the old filters about half was best before 84 steps or 958, after weak weight decay or strong, slow training or fast.
+# With more kept the runs are too alike, the more so the longer the original was trained. Where nothing is frozen there is
+# less time to learn.
 KEPT = {True: 0.5, False: 0.6}  # by frozen
 FREEZE_AT = 0.2  # of the steps
 EARLY = 0.2  # in the first stage, which then has little time to learn, this part of as many filters is drawn afresh
@@ -40,18 +41,17 @@ EARLY = 0.2  # in the first stage, which then has little time to learn, this par
 # times the size of fresh ones (faces, the median), with 5e-4 1.1 to 1.4 times (clothes, digits).
 SMALL_WEIGHTS = 0.6
 DECAY, STRONG_DECAY = 5e-4, 5e-3
-RATE = 0.1
-# Networks that Adam trained are others than those of SGD. The first batch norm shows which it was: its biases, which start
-# at 0, end 0.04 to 0.05 from there with Adam at 1e-3 and 2e-3, and 0.13 to 0.7 with SGD, whose gradients are largest there.
-ADAM = 0.08
-# How far those of all layers moved (the median) shows Adam's rate, after few steps or many: 0.004 to 0.015 at 1e-4, 0.02 to
-# 0.03 at 1e-3, 0.037 to 0.042 at 2e-3. Three times that rate, 6 times the movement squared, makes up for the shorter time.
-RATE_FACTOR, LEAST_RATE, MOST_RATE = 6, 5e-4, 5e-3
-# Where it was slow, as the competition's, class weights are taken if the original had some, and more has to stay: 0.45 to
-# 0.6 before 118 steps (mnist), 0.7 to 0.8 before 420 (clothes with Adam), 0.75 to 0.85 before 1,544 (fashion).
-# kept = 1 / (1 + (half / steps) ** power) goes through these.
-SLOW = 0.033
-SLOW_KEPT = (45, 1 / 2, 0.85)  # half, power and limit
+# Networks that Adam trained are others than those of SGD. The biases of batch norm, which start at 0, show which it was.
+# With Adam those of the first layer end 0.003 to 0.052 from there, 0.7 to 1.7 times as far as those of all layers (the
+# median); with SGD, whose gradients are largest there, 0.09 to 0.8, 2.6 to 6 times as far (once, after long training, 1.2).
+ADAM, ALIKE = 0.08, 2.2
+# How far those of all layers moved shows the rate. Adam: 0.003 to 0.006 at 1e-4, 0.017 to 0.019 at 3e-4, 0.022 to 0.03 at
+# 1e-3, 0.037 to 0.042 at 2e-3. SGD: 0.018 at 0.001, 0.036 at 0.003, 0.03 to 0.063 at 0.01, 0.05 at 0.03, 0.09 to 0.15 at
+# 0.1; strong weight decay draws them back to 0.03. ADAM_RATE times the movement, or SGD_RATE times its square, is a few
+# times the rate, which makes up for the shorter time.
+ADAM_RATE, LEAST_ADAM, MOST_ADAM = 0.1, 3e-4, 5e-3
+SGD_RATE, MOST_SGD = 12, 0.1
+SLOW = 0.033  # below it Adam was slow, as the competition's: class weights are taken if the original had some
 WEIGHTED = 3  # times the gradient with class weights: see class_weights
 LEAST_SCALE, MOST_SCALE = 0.8, 2.5  # of the last layer; 1.7 was the most that was needed
 MOST_BYTES = 2**30  # of the first stage's outputs for all images; where they take more it is not frozen
@@ -109,7 +109,7 @@ def unlearning(net, retain_loader, forget_loader, val_loader, config: Config = C
         # Every member still is the original. A network that cannot be corrected is refused here, before any training.
         logits, _, labels = answers(members[0], val_loader, 1, len(members))
         aim = confidences(logits, *classes(labels, logits.shape[-1]))
-    training = as_trained(members[0], retain_loader.dataset, steps, bool(frozen), config)
+    training = as_trained(members[0], retain_loader.dataset, bool(frozen), config)
     for member, generator in zip(members, generators):
         shrink_and_perturb(member, training.kept, generator, frozen)
     learn(net, members, generators, loader, steps, frozen, training, config)
@@ -177,23 +177,27 @@ class Training(NamedTuple):
 
 
 @torch.no_grad()
-def as_trained(net: nn.Module, images, steps: int, frozen: bool, config: Config) -> Training:
-    """What the original shows of its training, and how to learn for so many steps then."""
+def as_trained(net: nn.Module, images, frozen: bool, config: Config) -> Training:
+    """What the original shows of its training, and how to learn then."""
     biases = [layer.bias for layer in net.modules() if isinstance(layer, NORM_LAYERS) and layer.bias is not None]
     moved = torch.stack([bias.square().mean().sqrt() for bias in biases]) if biases else torch.zeros(1)
     first, typical = torch.stack([moved[0], moved.median()]).tolist()  # one wait for a GPU
-    adam = 0 < first < ADAM
+    adam = 0 < first < min(ADAM, ALIKE * typical)
     slow = adam and typical < SLOW
-    rate = min(MOST_RATE, max(LEAST_RATE, RATE_FACTOR * typical**2)) if adam else RATE
     sizes = relative_sizes(net)
     size = sizes.min() if slow else sizes.median()  # slow training makes only those layers small that hardly learn
-    half, power, most = SLOW_KEPT
-    kept = min(most, 1 / (1 + (half / steps) ** power)) if slow else KEPT[frozen]
+    strong = size.item() < SMALL_WEIGHTS
+    if adam:
+        rate = min(MOST_ADAM, max(LEAST_ADAM, ADAM_RATE * typical))
+    elif strong or not typical:  # it shows no rate
+        rate = MOST_SGD
+    else:
+        rate = min(MOST_SGD, SGD_RATE * typical**2)
     return Training(
         adam,
         config.learning_rate or rate,
-        config.weight_decay or (STRONG_DECAY if size < SMALL_WEIGHTS else DECAY),
-        config.kept or kept,
+        config.weight_decay or (STRONG_DECAY if strong else DECAY),
+        config.kept or KEPT[frozen],
         class_weights(net, images) if slow else None,  # they are too much for higher rates
     )
 

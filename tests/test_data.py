@@ -59,7 +59,7 @@ def test_the_same_files_on_every_run(digits, tmp_path):
 def test_help_names_every_source(name, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")  # no line is broken
     for arguments in (["--help"], [name, "--help"]):
-        with pytest.raises(SystemExit, match="^0$"):
+        with pytest.raises(SystemExit, match=r"^0$"):
             prepare.main(arguments)
         assert prepare.SOURCES[name].help in capsys.readouterr().out
 

@@ -538,7 +538,7 @@ def test_shrink_perturb_decays_weights_as_the_originals_were(original, monkeypat
 
 
 def test_shrink_perturb_learns_as_the_original_did(original):
-    """The first batch norm shows Adam, all of them its rate. After a slow training the smallest layer shows decay."""
+    """The first batch norm shows Adam, all of them the rate. After a slow training the smallest layer shows decay."""
 
     def after(first: float, others: float) -> nn.Module:
         net = copy.deepcopy(original)
@@ -549,14 +549,23 @@ def test_shrink_perturb_learns_as_the_original_did(original):
             net.layer4[1].conv2.weight.mul_(0.1)
         return net
 
-    def found(net: nn.Module, steps: int = 1000, **values):
-        return tuple(shrink_perturb.as_trained(net, RETAIN, steps, True, shrink_perturb.Config(**values))[:4])
+    def found(net: nn.Module, **values):
+        return tuple(shrink_perturb.as_trained(net, RETAIN, True, shrink_perturb.Config(**values))[:4])
 
-    assert found(after(1e-3, 1e-3)) == (True, 5e-4, 5e-3, 1 / (1 + 0.045**0.5))
-    assert found(after(5e-2, 2e-2), 10**6) == (True, pytest.approx(6 * 2e-2**2), 5e-3, 0.85)
-    assert found(after(5e-2, 4e-2)) == (True, 5e-3, 5e-4, 0.5)
-    assert found(after(1e-1, 2e-2)) == (False, 0.1, 5e-4, 0.5)
+    assert found(after(1e-3, 1e-3)) == (True, 3e-4, 5e-3, 0.5)
+    assert found(after(3e-2, 2e-2)) == (True, pytest.approx(2e-3), 5e-3, 0.5)
+    assert found(after(5e-2, 4e-2)) == (True, pytest.approx(4e-3), 5e-4, 0.5)
+    assert found(after(7e-2, 6e-2)) == (True, 5e-3, 5e-4, 0.5)
+    assert found(after(5e-2, 2e-2)) == (False, pytest.approx(12 * 2e-2**2), 5e-4, 0.5)  # far more than the others
+    assert found(after(1e-1, 6e-2)) == (False, pytest.approx(12 * 6e-2**2), 5e-4, 0.5)
+    assert found(after(1e-1, 1e-1)) == (False, 0.1, 5e-4, 0.5)
     assert found(nn.Sequential(nn.Flatten(), nn.Linear(64, 10))) == (False, 0.1, 5e-4, 0.5)  # shows nothing
+    small = after(1e-1, 4e-2)
+    with torch.no_grad():
+        for layer in small.modules():
+            if isinstance(layer, nn.Conv2d):
+                layer.weight.mul_(0.1)
+    assert found(small) == (False, 0.1, 5e-3, 0.5)  # strong decay moves the biases back
     given = {"kept": 0.4, "learning_rate": 0.02, "weight_decay": 0.01}
     assert found(after(1e-3, 1e-3), **given) == (True, 0.02, 0.01, 0.4)
     assert found(after(1e-1, 1e-1), **given) == (False, 0.02, 0.01, 0.4)
