@@ -560,6 +560,10 @@ def test_shrink_perturb_learns_as_the_original_did(original):
     assert found(after(1e-1, 6e-2)) == (False, pytest.approx(12 * 6e-2**2), 5e-4, 0.5)
     assert found(after(1e-1, 1e-1)) == (False, 0.1, 5e-4, 0.5)
     assert found(nn.Sequential(nn.Flatten(), nn.Linear(64, 10))) == (False, 0.1, 5e-4, 0.5)  # shows nothing
+    other = nn.Sequential(*[nn.BatchNorm2d(1) for _ in range(3)])
+    for layer, moved in zip(other, (0.3, 0.01, 0.01), strict=True):
+        nn.init.constant_(layer.bias, moved)
+    assert found(other) == (False, 0.1, 5e-4, 0.5)  # SGD moves other networks by other amounts
     small = after(1e-1, 4e-2)
     with torch.no_grad():
         for layer in small.modules():
