@@ -182,12 +182,13 @@ def as_trained(net: nn.Module, images, frozen: bool, config: Config) -> Training
     """What the original shows of its training, and how to learn then."""
     biases = [layer.bias for layer in net.modules() if isinstance(layer, NORM_LAYERS) and layer.bias is not None]
     moved = torch.stack([bias.square().mean().sqrt() for bias in biases]) if biases else torch.zeros(1)
-    first, typical = torch.stack([moved[0], moved.median()]).tolist()  # one wait for a GPU
+    sizes = relative_sizes(net).to(moved)
+    shown = torch.stack([moved[0], moved.median(), sizes.min(), sizes.median()])
+    first, typical, least_size, typical_size = shown.tolist()  # one wait for a GPU
     adam = 0 < first < min(ADAM, ALIKE * typical)
     slow = adam and typical < SLOW
-    sizes = relative_sizes(net)
-    size = sizes.min() if slow else sizes.median()  # slow training makes only those layers small that hardly learn
-    strong = size.item() < SMALL_WEIGHTS
+    # Slow training makes only those layers small that hardly learn.
+    strong = (least_size if slow else typical_size) < SMALL_WEIGHTS
     if adam:
         rate = min(MOST_ADAM, max(LEAST_ADAM, ADAM_RATE * typical))
     elif strong or not typical or not hasattr(net, "layer1"):  # it shows no rate
