@@ -43,8 +43,8 @@ SMALL_WEIGHTS = 0.6
 DECAY, STRONG_DECAY = 5e-4, 5e-3
 # Networks that Adam trained are others than those of SGD. The biases of batch norm, which start at 0, show which it was.
 # With Adam those of the first layer end 0.003 to 0.052 from there, 0.7 to 1.7 times as far as those of all layers (the
-# median); with SGD, whose gradients are largest there, 0.09 to 0.8, 2.6 to 6 times as far (1.2 and 2.1 on two that moved 0.13
-# and 0.33, too far for Adam).
+# median); with SGD, whose gradients are largest there, 0.09 to 0.8, 2.6 to 6 times as far (1.2 and 2.1 times on two that
+# moved 0.13 and 0.33, too far for Adam).
 ADAM, ALIKE = 0.08, 2.2
 # How far those of all layers moved shows the rate. Adam: 0.003 to 0.006 at 1e-4, 0.017 to 0.019 at 3e-4, 0.022 to 0.03 at
 # 1e-3, 0.037 to 0.042 at 2e-3. SGD: 0.018 at 0.001, 0.036 at 0.003, 0.03 to 0.063 at 0.01, 0.05 at 0.03, 0.09 to 0.15 at
