@@ -36,7 +36,8 @@ PARTS = {(True, True): 0.38, (True, False): 0.25, (False, True): 0.27, (False, F
 # less time to learn.
 KEPT = {True: 0.5, False: 0.6}  # by frozen
 FREEZE_AT = 0.2  # of the steps
-FEWEST = 0.5  # of a batch: a smaller last one is left out. One of an eighth cost the digits a quarter of the score, of 1/32 most
+# Of a batch; a smaller last one is left out. One of an eighth cost the digits a quarter of the score, of 1/32 most of it.
+FEWEST = 0.5
 EARLY = 0.2  # in the first stage, which then has little time to learn, this part of as many filters is drawn afresh
 # The weight decay is like the original's, which its convolutions show: trained with 5e-3, the competition's, they have 0.4
 # times the size of fresh ones (faces, the median), with 5e-4 1.1 to 1.4 times (clothes, digits).
