@@ -36,8 +36,6 @@ PARTS = {(True, True): 0.38, (True, False): 0.25, (False, True): 0.27, (False, F
 # less time to learn.
 KEPT = {True: 0.5, False: 0.6}  # by frozen
 FREEZE_AT = 0.2  # of the steps
-# Of a batch; a smaller last one is left out. One of an eighth cost the digits a quarter of the score, of 1/32 most of it.
-FEWEST = 0.5
 EARLY = 0.2  # in the first stage, which then has little time to learn, this part of as many filters is drawn afresh
 # The weight decay is like the original's, which its convolutions show: trained with 5e-3, the competition's, they have 0.4
 # times the size of fresh ones (faces, the median), with 5e-4 1.1 to 1.4 times (clothes, digits).
@@ -283,13 +281,10 @@ def learn(net, members, generators, loader, steps: int, frozen: list[str], train
     else:
         optimizer = torch.optim.SGD(groups, momentum=config.momentum, nesterov=True, **common)
 
-    # Batch norm's averages would come to be those of a small last batch, and of one image there is none.
-    fewest = max(2, FEWEST * min(loader.batch_size, len(loader.dataset)))
-
     def fit(batches, numbers: range) -> None:
         net.train()
         for number, (images, labels) in zip(numbers, batches):
-            if len(labels) < len(members) * fewest:
+            if len(labels) == len(members):  # batch norm needs more than one image
                 continue
             position = (number + 0.5) / steps
             for group in optimizer.param_groups:

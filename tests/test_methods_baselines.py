@@ -608,16 +608,6 @@ def test_shrink_perturb_sees_class_weights(weighted, counts):
     assert torch.equal(found, weights) if weighted else found is None
 
 
-@pytest.mark.parametrize("freeze", [True, False])
-@pytest.mark.parametrize(("images", "sizes"), [(66, {32}), (80, {32, 16}), (10, {10}), (1, set())])
-def test_shrink_perturb_leaves_out_a_small_last_batch(original, freeze, images, sizes):
-    retain, seen = DataLoader(examples(images, 1), BATCH, shuffle=True), set()
-    net = copy.deepcopy(original)
-    net.fc.register_forward_pre_hook(lambda layer, inputs: seen.add(len(inputs[0])) if layer.training else None)
-    shrink_perturb.unlearning(net, retain, *loaders()[1:], shrink_perturb.Config(epochs=4, freeze=freeze))
-    assert seen == sizes
-
-
 def test_shrink_perturb_weights_the_mean_of_each_network_by_itself():
     logits, labels = torch.randn(8, 3), torch.tensor([0, 0, 1, 2, 2, 2, 2, 1])
     weights = torch.tensor([1.0, 2.0, 10.0])
