@@ -18,7 +18,9 @@ def per_set(summaries: list[dict], ceiling: dict) -> pd.DataFrame:
     """One row per method and one for the ceiling, on one forget set; attacks that were run are further columns."""
     place = {name: summaries[0][name] for name in ("split", "runs", "forget_examples")}
     rows = [
-        {name: row.get(name) for name in (*OF_A_SET, *ACCURACIES, *COSTS)} | row.get("attacks", {})
+        {name: row.get(name) for name in (*OF_A_SET, *ACCURACIES, *COSTS)}
+        | dict(zip(("low", "high"), row.get("score_interval", (math.nan, math.nan)), strict=True))
+        | row.get("attacks", {})
         for row in [*summaries, place | ceiling]
     ]
     return pd.DataFrame(rows).assign(of_ceiling=lambda table: table.score / (ceiling["score"] or float("nan")))
@@ -27,7 +29,8 @@ def per_set(summaries: list[dict], ceiling: dict) -> pd.DataFrame:
 def over_sets(table: pd.DataFrame) -> pd.DataFrame:
     """One row per method, in the given order: means over the forget sets, and the score's standard error and 95% interval.
 
-    table: what `per_set` returns, of all sets. The share of the ceiling is that of the mean scores.
+    table: what `per_set` returns, of all sets. The share of the ceiling is that of the mean scores. Of one set alone
+    there is no standard error, and the interval covers other runs.
     Raises Problem when the numbers of runs differ, or a method was not scored on every set.
     """
     runs = table.drop_duplicates("runs")
@@ -41,7 +44,7 @@ def over_sets(table: pd.DataFrame) -> pd.DataFrame:
                 f"{method}: has no score on {row.index[row.isna()][0]}, and a mean over fewer sets is no comparison"
             )
     grouped = table.drop(columns="split").groupby("method", sort=False)
-    means = grouped.mean()
+    means = grouped.mean().drop(columns=["low", "high"])
     ceiling = means.score[means.index.str.startswith("(ceiling")].max()
     errors = pd.DataFrame(
         {
@@ -49,7 +52,7 @@ def over_sets(table: pd.DataFrame) -> pd.DataFrame:
             for name, (_, error, interval) in grouped.score.agg(list).map(mean_over).items()
         },
         index=["standard_error", "low", "high"],
-    ).T
+    ).T.fillna(grouped[["low", "high"]].first() if scores.shape[1] == 1 else {})
     return means.assign(of_ceiling=means.score / ceiling).join(errors).reset_index()
 
 
@@ -57,7 +60,8 @@ def title(data: str, table: pd.DataFrame) -> str:
     """What the scores of `per_set` are on, in words."""
     sizes = table.groupby("split", sort=False).forget_examples.first()
     which = f"{data}: {len(sizes)} forget set{'s' if len(sizes) > 1 else ''} ({', '.join(sizes.index)})"
-    return f"{which} of {sizes.min()} to {sizes.max()} examples, {table.runs.iloc[0]} runs"
+    count = f"{sizes.min()}" + (f" to {sizes.max()}" if sizes.max() > sizes.min() else "")
+    return f"{which} of {count} examples, {table.runs.iloc[0]} runs"
 
 
 def noted(table: pd.DataFrame, note: str) -> pd.DataFrame:
@@ -67,7 +71,7 @@ def noted(table: pd.DataFrame, note: str) -> pd.DataFrame:
 
 def as_text(means: pd.DataFrame) -> pd.DataFrame:
     """`over_sets` for people to read. Of one forget set, no error can be said."""
-    error = means.standard_error.map(" ± {:.4f}".format).where(means.low.notna(), "")
+    error = means.standard_error.map(" ± {:.4f}".format).where(means.standard_error.notna(), "")
     interval = means.low.map("{:.4f}".format) + means.high.map(" to {:.4f}".format)
     return pd.DataFrame(
         {

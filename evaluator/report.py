@@ -114,7 +114,7 @@ def score_table(summaries: list[dict], ceiling: dict) -> pd.DataFrame:
 
 def cost_text(share: float) -> str:
     """A run's share of the cost of a retraining, marked where the competition does not allow it."""
-    return f"{share:.0%}" + (f" (over {COST_LIMIT:.0%})" if share > COST_LIMIT else "")
+    return f"{share:.1%} (over {COST_LIMIT:.0%})" if share > COST_LIMIT else f"{share:.0%}"
 
 
 def kept(evaluation: Evaluation) -> tuple[list[dict], dict[str, str]]:
@@ -448,7 +448,7 @@ def cautions(data: Data, runs: int, summaries: list[dict]) -> list[str]:
         cost = summary["fraction_of_retraining"]
         if cost is not None and cost > COST_LIMIT:
             found.append(
-                f"{summary['method']}: a run costs {cost:.0%} of a retraining; the competition allows {COST_LIMIT:.0%}."
+                f"{summary['method']}: a run costs {cost:.1%} of a retraining; the competition allows {COST_LIMIT:.0%}."
             )
     if len({str((summary["device"], summary["versions"])) for summary in summaries}) > 1:
         found.append("The methods were scored on different devices or versions; see the settings at the end.")

@@ -45,7 +45,7 @@ def test_means_and_standard_errors():
     assert text.score[0] == "0.0700 ± 0.0115" and text["of ceiling"][0] == "35%" and text["RA_U/RA_R"][0] == "0.9000"
     assert text["share of retraining cost"].tolist() == ["10%", "10%", ""]
     assert forget_sets.title("digits", table()) == (
-        "digits: 3 forget sets (private-0, private-1, private-2) of 100 to 100 examples, 8 runs"
+        "digits: 3 forget sets (private-0, private-1, private-2) of 100 examples, 8 runs"
     )
 
 
@@ -62,6 +62,16 @@ def test_what_cannot_be_averaged():
 def test_one_set_has_no_error_over_sets():
     means = forget_sets.over_sets(table().query("split == 'private-0'"))
     assert means.standard_error.map(math.isnan).all()
+    assert forget_sets.as_text(means)["95% interval"].eq("").all()  # too few runs for one
+
+
+def test_one_set_has_the_interval_of_its_runs():
+    rows = [summary(method, "public", 0.06, score_interval=(0.05, 0.07 + number)) for number, method in enumerate("ab")]
+    equal = dict.fromkeys(("ra_unlearned", "ra_retrained", "ta_unlearned", "ta_retrained"), 1.0)
+    one = forget_sets.per_set(rows, {"method": "(ceiling, estimated)", "score": 0.2, "forgetting_quality": 0.2, **equal})
+    text = forget_sets.as_text(forget_sets.over_sets(one))
+    assert text["95% interval"].tolist() == ["0.0500 to 0.0700", "0.0500 to 1.0700", ""]
+    assert text.score.tolist() == ["0.0600", "0.0600", "0.2000"]
 
 
 def test_differences_over_sets_are_paired():
