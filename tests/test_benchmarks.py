@@ -209,7 +209,7 @@ def test_over_the_limit_is_marked():
     values = ("score", "standard_error", "low", "high", "of_ceiling", "forgetting_quality", "published")
     table = table.assign(**dict.fromkeys((*values, *forget_sets.ACCURACIES), 0.5))
     table = table.assign(rank=pd.array([1, 2, None], "Int64"), group=pd.array([1, 1, None], "Int64"))
-    assert leaderboard.as_text(table)["share of retraining cost"].tolist() == ["10%", "21% **over**", ""]
+    assert leaderboard.as_text(table)["share of retraining cost"].tolist() == ["10%", "21.0% **over**", ""]
 
 
 def test_how_well_one_set_ranks_the_methods():
