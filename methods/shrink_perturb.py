@@ -6,8 +6,9 @@ stop learning early (Brock et al., https://arxiv.org/abs/1706.04983). docs/exper
 
 The old filters make learning faster than from scratch, and are too few to remember single images. Still, a network that
 learnt for a fifth of the time is less confident than a retrained one. How much is seen on the validation set, which neither
-the original nor this network was trained on: the last layer is corrected until this network is nearly as confident there, on
-the classes of the forget set, as the original, and no less sure of its mistakes. Of the forget set only the labels are used.
+the original nor this network was trained on: there it is to become as confident as the original, and no less sure of its
+mistakes. The last layer is corrected until each forget and validation image has nearly what its class lacks. The forget set
+is used for nothing else.
 
 No value has to be tuned to the data: how long to learn follows from the original's training steps, which batch norm counts,
 and the weight decay from the size of the original's weights. How far batch norm's biases moved shows whether Adam or SGD
@@ -55,7 +56,9 @@ ADAM_RATE, LEAST_ADAM, MOST_ADAM = 0.1, 3e-4, 5e-3
 SGD_RATE, MOST_SGD = 12, 0.1
 SLOW = 0.033  # below it Adam was slow, as the competition's: class weights are taken if the original had some
 WEIGHTED = 3  # times the gradient with class weights: see class_weights
-LEAST_SCALE, MOST_SCALE = 0.8, 2.5  # of the last layer; 1.7 was the most that was needed
+CLEARLY, MOST_SCALE = 0.9, 2.5  # how far images are moved apart
+MOST_IMAGES = 2000  # of the validation set that the last layer is fitted to
+STEPS = 8  # of that fit
 MOST_BYTES = 2**30  # of the first stage's outputs for all images; where they take more it is not frozen
 
 
@@ -73,9 +76,9 @@ class Config:
     weight_decay: float = 0  # of SGD; 0: by the rule above
     calibrate: bool = True  # whether to set the confidence by the validation set
     scale: float = 1.0  # times how far apart the images of a class are to be
-    share: float = 0.85  # of the confidence that is missing, to be made up
+    share: float = 0.7  # of the confidence that is missing, to be made up
     prior: float = 20  # a class with n validation images has n / (n + prior) of a say of its own, else that of all
-    bias_cost: float = 0.3  # of biases, in ridge regression
+    penalty: float = 3  # of moving an average image's logits, against missing what one image is to have; both squared
 
     def __post_init__(self):
         for rule in (
@@ -91,7 +94,7 @@ class Config:
             "0 < scale < 1e9",
             "0 <= share < 1e9",
             "0 <= prior < 1e9",
-            "0 < bias_cost < 1e9",
+            "0 < penalty < 1e9",
         ):
             if not eval(rule, dict(vars(self))):
                 raise ValueError(f"Config needs {rule}: {self}")
@@ -366,69 +369,65 @@ def answers(net: nn.Module, loader, size: int, parts: int) -> tuple[Tensor, Tens
 
 @torch.no_grad()
 def calibrate(net, members, aim: tuple[Tensor, Tensor], val_loader, forget_loader, config: Config) -> None:
-    """Correct the last layer until the validation images are nearly as confident, and as far apart, as `aim` says.
+    """Correct the last layer until forget and validation images are as confident as networks that never saw them.
 
-    aim: what `confidences` says of the original.
+    aim: what `confidences` says of the original, of the validation images.
 
-    How confident: scaling the layer up would widen the spread over the runs. A least-squares fit of the labels is nearly the
-    same for all images, so a multiple of it raises all confidences alike; biases are for differences between classes. One
-    network's confidence in a class is a matter of chance, the more so the fewer its images: hence `prior`. What a class
-    weighs is its share of the forget set. Not all that is missing is made up (`share`): the forget images, of which the old
-    filters know something, are a little more confident than validation images.
+    What is missing there in the mean of a class is added to each of its images, a `share` of it: the forget images, of which
+    the old filters know something, are more confident than validation images. One network's confidence in a class is a
+    matter of chance, the more so the fewer its images: hence `prior`. A training that ends by knowing its images by heart
+    moves unseen ones apart: where the original's are clearly further apart than this network's, these are moved apart, too.
 
-    How far apart: a training that ends by knowing its images by heart moves unseen ones apart. Where the original's are
-    further apart than this network's, the layer is scaled up. Raising it moves them apart, too: it is scaled down by that.
+    No layer can give every image what it misses; of all changes that nearly do (Gauss-Newton), this is the one that moves
+    the logits of an average image least. Adding to each image keeps the spread over the runs, which scaling would widen.
     """
-    logits, inputs, labels = answers(net, val_loader, len(members), len(members))
+    count = len(members)
+    logits, inputs, labels = answers(net, val_loader, count, count)
     of_class, mean = classes(labels, logits.shape[-1])
-    forget = torch.cat([batch["age_group"].chunk(len(members))[0] for batch in forget_loader]).to(logits.device)
-    weight = torch.bincount(forget, minlength=logits.shape[-1]) / len(forget) * of_class.any(1)  # [K, classes]
+    own, spread = confidences(logits, of_class, mean)
+    seen = of_class.any(1)  # [K, classes]
+    trust = of_class.sum(1) / (of_class.sum(1) + config.prior).clamp(min=1e-9)
+    every = math.ceil(labels.shape[1] / MOST_IMAGES)
+    forget = answers(net, forget_loader, count, count)
+    some = (values[:, ::every] for values in (logits, inputs, labels))
+    logits, inputs, labels = (torch.cat(both, 1) for both in zip(forget, some))
+    of_class, _ = classes(labels, logits.shape[-1])
+    weight = of_class[:, : forget[2].shape[1]].mean(1) * seen
     if not weight.any():  # no validation image tells how confident to be
         return
-    trust = of_class.sum(1) / (of_class.sum(1) + config.prior).clamp(min=1e-9)
-    spread = confidences(logits, of_class, mean)[1]
-    most = config.scale * (aim[1] / spread.clamp(min=1e-9)).clamp(1, MOST_SCALE)  # [K]
-    wanted = most * spread
+    common = (weight * (aim[0] - own)).sum(1, keepdim=True) / weight.sum(1, keepdim=True)
+    missing = config.share * (common + trust * (aim[0] - own - common))
+    apart = config.scale * (CLEARLY * aim[1] / spread.clamp(min=1e-9)).clamp(1, MOST_SCALE)  # [K]
+    now = margins(logits, of_class)
+    from_mean = (now - (of_class @ own[..., None]).squeeze(-1)) * (of_class @ seen.double()[..., None]).squeeze(-1)
+    wanted = now + (of_class @ missing[..., None]).squeeze(-1) + (apart[:, None] - 1) * from_mean
 
     inputs = F.pad(inputs, (0, 1), value=1.0)
-    square = inputs.mT @ inputs
+    square = inputs.mT @ inputs / inputs.shape[1]
     ridge = 1e-3 * square.diagonal(dim1=1, dim2=2).mean(1)[:, None, None] * torch.eye(square.shape[1]).to(square)
-    fitted = torch.linalg.solve(square + ridge, inputs.mT @ of_class)  # [K, inputs and 1, classes]
-    raised = inputs @ fitted
-    values = logits.new_zeros(len(members), 1 + logits.shape[-1])  # of each network: the multiple, biases
-    cost = F.pad(config.bias_cost * (weight + 0.01), (1, 0), value=1e-6)
-    scale = most
+    directions = torch.linalg.solve(square + ridge, inputs.mT)  # [K, inputs and 1, images]
+    alike = inputs @ directions
 
-    def corrected(values: Tensor) -> Tensor:
-        return scale[:, None, None] * logits + values[:, :1, None] * raised + values[:, None, 1:]
+    def cost(change: Tensor) -> Tensor:
+        moved = inputs @ change
+        error = wanted - margins(logits + moved, of_class)
+        return error.square().sum(1) + config.penalty * moved.square().sum(2).mean(1)
 
-    def missing(moved: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """(how far each class is from its goal, what that and the values cost in all)."""
-        gap = goal - confidences(moved, of_class, mean)[0]
-        return gap, (weight * gap**2).sum(1) + (cost * values**2).sum(1)
-
-    damping = torch.full((len(members), 1, 1), 0.01).to(logits)
-    for _ in range(20):  # Levenberg-Marquardt; between its steps the scale follows
-        spread = confidences(corrected(values), of_class, mean)[1]
-        scale = torch.clamp(scale * wanted / spread.clamp(min=1e-9), LEAST_SCALE * most, most)
-        own = confidences(scale[:, None, None] * logits, of_class, mean)[0]
-        common = (weight * (aim[0] - own)).sum(1, keepdim=True) / weight.sum(1, keepdim=True)
-        goal = own + config.share * (common + trust * (aim[0] - own - common))
-        moved = corrected(values)
-        gap, loss = missing(moved, values)
-        slope = of_class - moved.masked_fill(of_class.bool(), -torch.inf).softmax(-1)  # of the confidences
-        slopes = mean @ torch.cat([(slope * raised).sum(-1, keepdim=True), slope], -1)  # [K, classes, values]
-        weighted = (weight[..., None] * slopes).mT
-        gain = (weighted @ gap[..., None]).squeeze(-1) - cost * values
-        curvature = weighted @ slopes + cost.diag_embed()
-        tried = values + torch.linalg.solve(curvature + damping * torch.eye(cost.shape[1]).to(logits), gain)
-        better = missing(corrected(tried), tried)[1] < loss
-        values = torch.where(better[:, None], tried, values)
-        damping = torch.where(better[:, None, None], damping / 10, damping * 10)
-    for member, value, weights, times in zip(members, values.float(), fitted.float(), scale.float()):
+    change = torch.zeros_like(inputs[:, :1].mT * logits[:, :1])  # [K, inputs and 1, classes]
+    pace = torch.ones(count, 1, 1).to(logits)
+    for _ in range(STEPS):
+        moved = inputs @ change
+        slope = of_class - (logits + moved).masked_fill(of_class.bool(), -torch.inf).softmax(-1)  # of the margins
+        left = wanted - margins(logits + moved, of_class) + (slope * moved).sum(-1)
+        system = slope @ slope.mT * alike + config.penalty * torch.eye(left.shape[1]).to(left)
+        found = directions @ (torch.linalg.solve(system, left[..., None]) * slope)
+        tried = change + pace * (found - change)
+        better = (cost(tried) < cost(change))[:, None, None]
+        change, pace = torch.where(better, tried, change), torch.where(better, pace, pace / 4)
+    for member, own_change in zip(members, change.float()):
         _, layer = last_layer(member)
-        layer.weight.mul_(times).add_(value[0] * weights[:-1].T)
-        layer.bias.mul_(times).add_(value[0] * weights[-1] + value[1:])
+        layer.weight.add_(own_change[:-1].T)
+        layer.bias.add_(own_change[-1])
 
 
 def last_layer(net: nn.Module) -> tuple[str, nn.Linear]:
@@ -446,9 +445,13 @@ def classes(labels: Tensor, count: int) -> tuple[Tensor, Tensor]:
     return of_class, (of_class / of_class.sum(1, keepdim=True).clamp(min=1)).mT
 
 
+def margins(logits: Tensor, of_class: Tensor) -> Tensor:
+    """ln p / (1 - p) of the true classes [K, images]."""
+    return (logits * of_class).sum(-1) - logits.masked_fill(of_class.bool(), -torch.inf).logsumexp(-1)
+
+
 def confidences(logits: Tensor, of_class: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
-    """ln p / (1 - p) of the true classes: the means over the images of each class [K, classes], and the standard deviation
-    around them [K]."""
-    each = (logits * of_class).sum(-1) - logits.masked_fill(of_class.bool(), -torch.inf).logsumexp(-1)
+    """Of the margins: the means over the images of each class [K, classes], and the standard deviation around them [K]."""
+    each = margins(logits, of_class)
     means = (mean @ each[..., None]).squeeze(-1)
     return means, (each - (of_class @ means[..., None]).squeeze(-1)).square().mean(-1).sqrt()
