@@ -378,8 +378,7 @@ def calibrate(net, members, aim: tuple[Tensor, Tensor], val_loader, forget_loade
     matter of chance, the more so the fewer its images: hence `prior`. A training that ends by knowing its images by heart
     moves unseen ones apart: where the original's are clearly further apart than this network's, these are moved apart, too.
 
-    No layer can give every image what it misses; of all changes that nearly do (Gauss-Newton), this is the one that moves
-    the logits of an average image least. Adding to each image keeps the spread over the runs, which scaling would widen.
+    Adding to each image keeps the spread over the runs, which scaling the layer up would widen.
     """
     count = len(members)
     logits, inputs, labels = answers(net, val_loader, count, count)
@@ -402,32 +401,42 @@ def calibrate(net, members, aim: tuple[Tensor, Tensor], val_loader, forget_loade
     from_mean = (now - (of_class @ own[..., None]).squeeze(-1)) * (of_class @ seen.double()[..., None]).squeeze(-1)
     wanted = now + (of_class @ missing[..., None]).squeeze(-1) + (apart[:, None] - 1) * from_mean
 
-    inputs = F.pad(inputs, (0, 1), value=1.0)
+    change = fitted_change(F.pad(inputs, (0, 1), value=1.0), logits, of_class, wanted, config.penalty)
+    for member, own_change in zip(members, change.float()):
+        _, layer = last_layer(member)
+        layer.weight.add_(own_change[:-1].T)
+        layer.bias.add_(own_change[-1])
+
+
+def fitted_change(inputs: Tensor, logits: Tensor, of_class: Tensor, wanted: Tensor, penalty: float) -> Tensor:
+    """What to add to each network's last layer [K, inputs, classes] for its images to have the margins `wanted`.
+
+    inputs: of the layer, the last of them 1 [K, images, inputs]; logits: so far.
+    No layer can give every image what it misses: the sum of the squared errors, and `penalty` times how far the logits of
+    an average image move, squared, is made small (Gauss-Newton; a step that does not help is taken back).
+    """
     square = inputs.mT @ inputs / inputs.shape[1]
     ridge = 1e-3 * square.diagonal(dim1=1, dim2=2).mean(1)[:, None, None] * torch.eye(square.shape[1]).to(square)
-    directions = torch.linalg.solve(square + ridge, inputs.mT)  # [K, inputs and 1, images]
+    directions = torch.linalg.solve(square + ridge, inputs.mT)  # [K, inputs, images]
     alike = inputs @ directions
 
     def cost(change: Tensor) -> Tensor:
         moved = inputs @ change
         error = wanted - margins(logits + moved, of_class)
-        return error.square().sum(1) + config.penalty * moved.square().sum(2).mean(1)
+        return error.square().sum(1) + penalty * moved.square().sum(2).mean(1)
 
-    change = torch.zeros_like(inputs[:, :1].mT * logits[:, :1])  # [K, inputs and 1, classes]
-    pace = torch.ones(count, 1, 1).to(logits)
+    change = inputs.new_zeros(len(inputs), inputs.shape[2], logits.shape[2])
+    pace = inputs.new_ones(len(inputs), 1, 1)
     for _ in range(STEPS):
         moved = inputs @ change
         slope = of_class - (logits + moved).masked_fill(of_class.bool(), -torch.inf).softmax(-1)  # of the margins
         left = wanted - margins(logits + moved, of_class) + (slope * moved).sum(-1)
-        system = slope @ slope.mT * alike + config.penalty * torch.eye(left.shape[1]).to(left)
+        system = slope @ slope.mT * alike + penalty * torch.eye(left.shape[1]).to(left)
         found = directions @ (torch.linalg.solve(system, left[..., None]) * slope)
         tried = change + pace * (found - change)
         better = (cost(tried) < cost(change))[:, None, None]
         change, pace = torch.where(better, tried, change), torch.where(better, pace, pace / 4)
-    for member, own_change in zip(members, change.float()):
-        _, layer = last_layer(member)
-        layer.weight.add_(own_change[:-1].T)
-        layer.bias.add_(own_change[-1])
+    return change
 
 
 def last_layer(net: nn.Module) -> tuple[str, nn.Linear]:

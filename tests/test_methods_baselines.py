@@ -674,11 +674,6 @@ def calibrated(net: nn.Module, means: torch.Tensor, forget: Examples, share: flo
     return net
 
 
-@pytest.fixture
-def unscaled(monkeypatch):
-    monkeypatch.setattr(shrink_perturb, "LEAST_SCALE", 1)
-
-
 THERE = [label for label in range(10) if label in FORGET.age_group and label in VALIDATION.age_group]
 
 
@@ -689,28 +684,28 @@ def test_shrink_perturb_gives_the_validation_set_the_confidence_of_the_original(
     with torch.no_grad():
         timid.fc.weight.mul_(0.5)
         timid.fc.bias.mul_(0.5).add_(torch.linspace(-1, 1, 10))
-    nets = [calibrated(timid, aim, FORGET, prior=0, bias_cost=cost) for cost in (1e-6, 0.3)]
+    nets = [calibrated(timid, aim, FORGET, prior=0, penalty=cost) for cost in (1e-6, 0.3)]
     gaps = [(seen_on_validation(net)[0] - aim)[THERE].abs().mean() for net in (*nets, timid)]
     assert gaps[0] < 0.01 < gaps[1] < gaps[2] / 2
     for net in nets:
         assert changed(net, timid) == {"fc.weight", "fc.bias"}
 
 
-def test_shrink_perturb_trusts_a_class_by_its_images(original, unscaled):
+def test_shrink_perturb_trusts_a_class_by_its_images(original):
     """With a strong prior all classes are raised by as much as they miss on average, whatever each of them misses."""
     share = torch.bincount(FORGET.age_group, minlength=10) * torch.isin(torch.arange(10), VALIDATION.age_group)
     now, share = seen_on_validation(original)[0], share / share.sum()
     uneven = now + torch.linspace(0.5, 1.5, 10)
     for prior, wanted in ((1e8, now + (share * (uneven - now)).sum()), (0, uneven)):
-        net = calibrated(original, uneven, FORGET, prior=prior, bias_cost=1e-6)
+        net = calibrated(original, uneven, FORGET, prior=prior, penalty=1e-6)
         assert torch.allclose(seen_on_validation(net)[0][share > 0], wanted[share > 0].double(), atol=0.02)
 
 
 def test_shrink_perturb_moves_the_images_apart_as_the_original_does(original):
     """Up to a limit, and not closer together than they were. The mean confidence of a class stays where it is."""
     now, spread = seen_on_validation(original)
-    for times, found in ((0.1, 1), (1.5, 1.5), (100, shrink_perturb.MOST_SCALE)):
-        net = calibrated(original, now, FORGET, spread=times * spread, prior=0, bias_cost=1e-6)
+    for times, found in ((0.1, 1), (1.5, 1.5 * shrink_perturb.CLEARLY), (100, shrink_perturb.MOST_SCALE)):
+        net = calibrated(original, now, FORGET, spread=times * spread, prior=0, penalty=1e-6)
         assert torch.allclose(seen_on_validation(net)[0][THERE], now[THERE], atol=0.02)
         assert seen_on_validation(net)[1].item() == pytest.approx(found * spread.item(), rel=0.15)
 
@@ -718,26 +713,27 @@ def test_shrink_perturb_moves_the_images_apart_as_the_original_does(original):
 def test_shrink_perturb_brings_the_images_closer_together(original):
     """A smaller scale leaves the mean confidence of a class where it is, and the images of the class less far apart."""
     aim, _ = seen_on_validation(original)
-    far, near = (calibrated(original, aim, FORGET, scale=scale, prior=0, bias_cost=1e-6) for scale in (1, 0.5))
+    far, near = (calibrated(original, aim, FORGET, scale=scale, prior=0, penalty=1e-6) for scale in (1, 0.5))
     assert torch.allclose(seen_on_validation(near)[0][THERE], seen_on_validation(far)[0][THERE], atol=0.02)
     assert seen_on_validation(near)[1] ** 2 < 0.8 * seen_on_validation(far)[1] ** 2
 
 
-def test_shrink_perturb_scales_down_what_raising_moves_apart(original, monkeypatch):
-    """The images of a class end as far apart as before."""
+def test_shrink_perturb_raises_every_image_alike(original):
+    """Each forget image gets what its class lacks, and the images of a class end as far apart as before."""
     now, spread = seen_on_validation(original)
-    nets = []
-    for least in (0.5, 1):
-        monkeypatch.setattr(shrink_perturb, "LEAST_SCALE", least)
-        nets.append(calibrated(original, now + 3, FORGET, prior=0, bias_cost=1e-6))
-        assert torch.allclose(seen_on_validation(nets[-1])[0][THERE], now[THERE] + 3, atol=0.02)
-    scaled, unscaled = ((seen_on_validation(net)[1] / spread).item() for net in nets)
-    assert unscaled > 1.02 and scaled == pytest.approx(1, abs=(unscaled - 1) / 4)
+    missing = torch.linspace(1, 3, 10).double()
+    net = calibrated(original, now + missing, FORGET, prior=0, penalty=1e-6)
+    assert torch.allclose(seen_on_validation(net)[0][THERE], (now + missing)[THERE], atol=0.02)
+    assert seen_on_validation(net)[1].item() == pytest.approx(spread.item(), rel=0.01)
+    of_class, _ = shrink_perturb.classes(FORGET.age_group[None], 10)
+    before, after = (shrink_perturb.margins(logits(each, FORGET).double()[None], of_class)[0] for each in (original, net))
+    known = torch.isin(FORGET.age_group, torch.tensor(THERE))
+    assert torch.allclose((after - before)[known], missing[FORGET.age_group][known], atol=0.05)
 
 
-def test_shrink_perturb_makes_up_a_share_of_what_is_missing(original, unscaled):
+def test_shrink_perturb_makes_up_a_share_of_what_is_missing(original):
     now, _ = seen_on_validation(original)
-    net = calibrated(original, now + 2, FORGET, share=0.5, prior=0, bias_cost=1e-6)
+    net = calibrated(original, now + 2, FORGET, share=0.5, prior=0, penalty=1e-6)
     assert torch.allclose(seen_on_validation(net)[0][THERE], now[THERE] + 1, atol=0.02)
 
 
@@ -746,7 +742,7 @@ def test_shrink_perturb_never_corrects_for_the_worse(original):
     wrong, (aim, _) = copy.deepcopy(original), seen_on_validation(original)
     with torch.no_grad():
         wrong.fc.weight.neg_()
-    net = calibrated(wrong, aim, FORGET, bias_cost=1e-6)
+    net = calibrated(wrong, aim, FORGET, penalty=1e-6)
     gaps = [(seen_on_validation(each)[0] - aim).square().mean() for each in (net, wrong)]
     assert gaps[0] <= gaps[1] and all(tensor.isfinite().all() for tensor in net.state_dict().values())
 
