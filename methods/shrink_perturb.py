@@ -56,8 +56,8 @@ ADAM_RATE, LEAST_ADAM, MOST_ADAM = 0.1, 3e-4, 5e-3
 SGD_RATE, MOST_SGD = 12, 0.1
 SLOW = 0.033  # below it Adam was slow, as the competition's: class weights are taken if the original had some
 WEIGHTED = 3  # times the gradient with class weights: see class_weights
-CLEARLY, MOST_SCALE = 0.9, 2.5  # how far images are moved apart
-MOST_IMAGES = 2000  # of the validation set that the last layer is fitted to
+CLEARLY, MOST_SCALE = 0.1, 2.5  # images are moved apart by what exceeds this part, at most so far
+MOST_IMAGES = 4000  # of the forget and of the validation set, to which the last layer is fitted
 STEPS = 8  # of that fit
 MOST_BYTES = 2**30  # of the first stage's outputs for all images; where they take more it is not frozen
 
@@ -381,22 +381,20 @@ def calibrate(net, members, aim: tuple[Tensor, Tensor], val_loader, forget_loade
     Adding to each image keeps the spread over the runs, which scaling the layer up would widen.
     """
     count = len(members)
-    logits, inputs, labels = answers(net, val_loader, count, count)
-    of_class, mean = classes(labels, logits.shape[-1])
-    own, spread = confidences(logits, of_class, mean)
+    known, forget = (answers(net, loader, count, count) for loader in (val_loader, forget_loader))
+    of_class, mean = classes(known[2], known[0].shape[-1])
+    own, spread = confidences(known[0], of_class, mean)
     seen = of_class.any(1)  # [K, classes]
     trust = of_class.sum(1) / (of_class.sum(1) + config.prior).clamp(min=1e-9)
-    every = math.ceil(labels.shape[1] / MOST_IMAGES)
-    forget = answers(net, forget_loader, count, count)
-    some = (values[:, ::every] for values in (logits, inputs, labels))
-    logits, inputs, labels = (torch.cat(both, 1) for both in zip(forget, some))
-    of_class, _ = classes(labels, logits.shape[-1])
-    weight = of_class[:, : forget[2].shape[1]].mean(1) * seen
+    weight = classes(forget[2], forget[0].shape[-1])[0].mean(1) * seen
     if not weight.any():  # no validation image tells how confident to be
         return
     common = (weight * (aim[0] - own)).sum(1, keepdim=True) / weight.sum(1, keepdim=True)
     missing = config.share * (common + trust * (aim[0] - own - common))
-    apart = config.scale * (CLEARLY * aim[1] / spread.clamp(min=1e-9)).clamp(1, MOST_SCALE)  # [K]
+    apart = config.scale * (aim[1] / spread.clamp(min=1e-9) - CLEARLY).clamp(1, MOST_SCALE)  # [K]
+    some = [[values[:, :: math.ceil(values.shape[1] / MOST_IMAGES)] for values in side] for side in (forget, known)]
+    logits, inputs, labels = (torch.cat(both, 1) for both in zip(*some))
+    of_class, _ = classes(labels, logits.shape[-1])
     now = margins(logits, of_class)
     from_mean = (now - (of_class @ own[..., None]).squeeze(-1)) * (of_class @ seen.double()[..., None]).squeeze(-1)
     wanted = now + (of_class @ missing[..., None]).squeeze(-1) + (apart[:, None] - 1) * from_mean

@@ -704,7 +704,7 @@ def test_shrink_perturb_trusts_a_class_by_its_images(original):
 def test_shrink_perturb_moves_the_images_apart_as_the_original_does(original):
     """Up to a limit, and not closer together than they were. The mean confidence of a class stays where it is."""
     now, spread = seen_on_validation(original)
-    for times, found in ((0.1, 1), (1.5, 1.5 * shrink_perturb.CLEARLY), (100, shrink_perturb.MOST_SCALE)):
+    for times, found in ((0.1, 1), (1.5, 1.5 - shrink_perturb.CLEARLY), (100, shrink_perturb.MOST_SCALE)):
         net = calibrated(original, now, FORGET, spread=times * spread, prior=0, penalty=1e-6)
         assert torch.allclose(seen_on_validation(net)[0][THERE], now[THERE], atol=0.02)
         assert seen_on_validation(net)[1].item() == pytest.approx(found * spread.item(), rel=0.15)
