@@ -45,21 +45,18 @@ def network(
         elif model in ("googlenet", "inception_v3"):  # without further outputs in training
             how = {"aux_logits": False, "init_weights": True}
         return get_model(model, num_classes=classes, **how)
-    wanted = torch.get_default_device()
-    with torch.device("meta"):  # without values until it has its sizes: those of 11 million weights would take longest
-        net = get_model(model, num_classes=classes)
-        if width != 64 or small_images:
-            stem = dict(kernel_size=3, stride=1, padding=1) if small_images else dict(kernel_size=7, stride=2, padding=3)
-            net.conv1, net.bn1 = nn.Conv2d(3, width, bias=False, **stem), nn.BatchNorm2d(width)
-            if small_images:
-                net.maxpool = nn.Identity()
-            net.inplanes = width
-            for stage, stride in enumerate((1, 2, 2, 2)):
-                name = f"layer{stage + 1}"
-                block, count = type(getattr(net, name)[0]), len(getattr(net, name))
-                setattr(net, name, net._make_layer(block, width * 2**stage, count, stride=stride))
-            net.fc = nn.Linear(net.inplanes, classes)
-    net.to_empty(device=wanted)
+    net = get_model(model, num_classes=classes)
+    if width != 64 or small_images:
+        stem = dict(kernel_size=3, stride=1, padding=1) if small_images else dict(kernel_size=7, stride=2, padding=3)
+        net.conv1, net.bn1 = nn.Conv2d(3, width, bias=False, **stem), nn.BatchNorm2d(width)
+        if small_images:
+            net.maxpool = nn.Identity()
+        net.inplanes = width
+        for stage, stride in enumerate((1, 2, 2, 2)):
+            name = f"layer{stage + 1}"
+            block, count = type(getattr(net, name)[0]), len(getattr(net, name))
+            setattr(net, name, net._make_layer(block, width * 2**stage, count, stride=stride))
+        net.fc = nn.Linear(net.inplanes, classes)
     initialise(net)
     return net
 
