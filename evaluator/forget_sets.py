@@ -52,7 +52,7 @@ def over_sets(table: pd.DataFrame) -> pd.DataFrame:
             for name, (_, error, interval) in grouped.score.agg(list).map(mean_over).items()
         },
         index=["standard_error", "low", "high"],
-    ).T.fillna(grouped[["low", "high"]].first() if scores.shape[1] == 1 else {})
+    ).T.fillna(grouped[["low", "high"]].first())
     return means.assign(of_ceiling=means.score / ceiling).join(errors).reset_index()
 
 

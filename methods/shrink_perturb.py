@@ -396,8 +396,8 @@ def calibrate(net, members, aim: tuple[Tensor, Tensor], val_loader, forget_loade
     logits, inputs, labels = (torch.cat(both, 1) for both in zip(*some))
     of_class, _ = classes(labels, logits.shape[-1])
     now = margins(logits, of_class)
-    from_mean = (now - (of_class @ own[..., None]).squeeze(-1)) * (of_class @ seen.double()[..., None]).squeeze(-1)
-    wanted = now + (of_class @ missing[..., None]).squeeze(-1) + (apart[:, None] - 1) * from_mean
+    from_mean = (now - of_images(own, of_class)) * of_images(seen.double(), of_class)
+    wanted = now + of_images(missing, of_class) + (apart[:, None] - 1) * from_mean
 
     change = fitted_change(F.pad(inputs, (0, 1), value=1.0), logits, of_class, wanted, config.penalty)
     for member, own_change in zip(members, change.float()):
@@ -424,7 +424,7 @@ def fitted_change(inputs: Tensor, logits: Tensor, of_class: Tensor, wanted: Tens
         return error.square().sum(1) + penalty * moved.square().sum(2).mean(1)
 
     change = inputs.new_zeros(len(inputs), inputs.shape[2], logits.shape[2])
-    pace = inputs.new_ones(len(inputs), 1, 1)
+    pace, least = inputs.new_ones(len(inputs), 1, 1), cost(change)
     for _ in range(STEPS):
         moved = inputs @ change
         slope = of_class - (logits + moved).masked_fill(of_class.bool(), -torch.inf).softmax(-1)  # of the margins
@@ -432,8 +432,10 @@ def fitted_change(inputs: Tensor, logits: Tensor, of_class: Tensor, wanted: Tens
         system = slope @ slope.mT * alike + penalty * torch.eye(left.shape[1]).to(left)
         found = directions @ (torch.linalg.solve(system, left[..., None]) * slope)
         tried = change + pace * (found - change)
-        better = (cost(tried) < cost(change))[:, None, None]
+        reached = cost(tried)
+        better = (reached < least)[:, None, None]
         change, pace = torch.where(better, tried, change), torch.where(better, pace, pace / 4)
+        least = torch.where(reached < least, reached, least)
     return change
 
 
@@ -452,6 +454,11 @@ def classes(labels: Tensor, count: int) -> tuple[Tensor, Tensor]:
     return of_class, (of_class / of_class.sum(1, keepdim=True).clamp(min=1)).mT
 
 
+def of_images(values: Tensor, of_class: Tensor) -> Tensor:
+    """For each image the value of its class [K, images]; values: [K, classes]."""
+    return (of_class @ values[..., None]).squeeze(-1)
+
+
 def margins(logits: Tensor, of_class: Tensor) -> Tensor:
     """ln p / (1 - p) of the true classes [K, images]."""
     return (logits * of_class).sum(-1) - logits.masked_fill(of_class.bool(), -torch.inf).logsumexp(-1)
@@ -461,4 +468,4 @@ def confidences(logits: Tensor, of_class: Tensor, mean: Tensor) -> tuple[Tensor,
     """Of the margins: the means over the images of each class [K, classes], and the standard deviation around them [K]."""
     each = margins(logits, of_class)
     means = (mean @ each[..., None]).squeeze(-1)
-    return means, (each - (of_class @ means[..., None]).squeeze(-1)).square().mean(-1).sqrt()
+    return means, (each - of_images(means, of_class)).square().mean(-1).sqrt()
