@@ -32,10 +32,10 @@ NORM_LAYERS = (nn.BatchNorm2d, nn.LayerNorm, nn.GroupNorm)
 # the first stage of a ResNet is frozen, a step costs 0.5 to 0.6 of what it did.
 SMALL = 300_000  # weights
 PARTS = {(True, True): 0.38, (True, False): 0.25, (False, True): 0.27, (False, False): 0.18}  # (small, frozen)
-# Of the old filters about half was best before 84 steps or 958, after weak weight decay or strong, slow training or fast.
-# With more kept the runs are too alike, the more so the longer the original was trained. Where nothing is frozen there is
+# With more of the old filters kept the runs are too alike, the more so the longer the original was trained; with fewer the
+# classes come out as the chance of one run will have it, which the last layer makes good. Where nothing is frozen there is
 # less time to learn.
-KEPT = {True: 0.5, False: 0.6}  # by frozen
+KEPT = {True: 0.3, False: 0.6}  # by frozen
 FREEZE_AT = 0.2  # of the steps
 EARLY = 0.2  # in the first stage, which then has little time to learn, this part of as many filters is drawn afresh
 # The weight decay is like the original's, which its convolutions show: trained with 5e-3, the competition's, they have 0.4
@@ -77,7 +77,8 @@ class Config:
     calibrate: bool = True  # whether to set the confidence by the validation set
     scale: float = 1.0  # times how far apart the images of a class are to be
     share: float = 0.7  # of the confidence that is missing, to be made up
-    prior: float = 20  # a class with n validation images has n / (n + prior) of a say of its own, else that of all
+    classes_apart: float = 0.7  # times how far apart the mean confidences of the classes are, before that
+    prior: float = 100  # a class with n validation images has n / (n + prior) of a say of its own, else that of all
     penalty: float = 3  # of moving an average image's logits, against missing what one image is to have; both squared
 
     def __post_init__(self):
@@ -93,6 +94,7 @@ class Config:
             "calibrate in (False, True)",
             "0 < scale < 1e9",
             "0 <= share < 1e9",
+            "0 <= classes_apart < 1e9",
             "0 <= prior < 1e9",
             "0 < penalty < 1e9",
         ):
@@ -374,9 +376,10 @@ def calibrate(net, members, aim: tuple[Tensor, Tensor], val_loader, forget_loade
     aim: what `confidences` says of the original, of the validation images.
 
     What is missing there in the mean of a class is added to each of its images, a `share` of it: the forget images, of which
-    the old filters know something, are more confident than validation images. One network's confidence in a class is a
-    matter of chance, the more so the fewer its images: hence `prior`. A training that ends by knowing its images by heart
-    moves unseen ones apart: where the original's are clearly further apart than this network's, these are moved apart, too.
+    the old filters know something, are more confident than validation images. In which classes one network is confident is
+    in part chance. Of this network, which learnt for a short time, more than of others: its classes are drawn together. Of
+    the original, too, the more so the fewer images show it: hence `prior`. A training that ends by knowing its images by
+    heart moves unseen ones apart: where the original's are clearly further apart than this network's, these are moved apart.
 
     Adding to each image keeps the spread over the runs, which scaling the layer up would widen.
     """
@@ -389,15 +392,18 @@ def calibrate(net, members, aim: tuple[Tensor, Tensor], val_loader, forget_loade
     weight = classes(forget[2], forget[0].shape[-1])[0].mean(1) * seen
     if not weight.any():  # no validation image tells how confident to be
         return
-    common = (weight * (aim[0] - own)).sum(1, keepdim=True) / weight.sum(1, keepdim=True)
-    missing = config.share * (common + trust * (aim[0] - own - common))
+    weight = weight / weight.sum(1, keepdim=True)
+    drawn = (1 - config.classes_apart) * ((weight * own).sum(1, keepdim=True) - own) * seen
+    missing = aim[0] - own - drawn
+    common = (weight * missing).sum(1, keepdim=True)
+    raised = drawn + config.share * (common + trust * (missing - common))
     apart = config.scale * (aim[1] / spread.clamp(min=1e-9) - CLEARLY).clamp(1, MOST_SCALE)  # [K]
     some = [[values[:, :: math.ceil(values.shape[1] / MOST_IMAGES)] for values in side] for side in (forget, known)]
     logits, inputs, labels = (torch.cat(both, 1) for both in zip(*some))
     of_class, _ = classes(labels, logits.shape[-1])
     now = margins(logits, of_class)
     from_mean = (now - of_images(own, of_class)) * of_images(seen.double(), of_class)
-    wanted = now + of_images(missing, of_class) + (apart[:, None] - 1) * from_mean
+    wanted = now + of_images(raised, of_class) + (apart[:, None] - 1) * from_mean
 
     change = fitted_change(F.pad(inputs, (0, 1), value=1.0), logits, of_class, wanted, config.penalty)
     for member, own_change in zip(members, change.float()):
