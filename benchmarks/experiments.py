@@ -22,6 +22,7 @@ OTHERS = (
     {"calibrate": False},
     {"scale": 0.8},
     {"share": 1.0},
+    {"classes_apart": 1.0},
     {"freeze": False},
     {"learning_rate": 0.05},
     {"learning_rate": 0.2},
