@@ -32,9 +32,9 @@ NORM_LAYERS = (nn.BatchNorm2d, nn.LayerNorm, nn.GroupNorm)
 # the first stage of a ResNet is frozen, a step costs 0.5 to 0.6 of what it did.
 SMALL = 300_000  # weights
 PARTS = {(True, True): 0.38, (True, False): 0.25, (False, True): 0.27, (False, False): 0.18}  # (small, frozen)
-# With more of the old filters kept the runs are too alike, the more so the longer the original was trained; with fewer the
-# classes come out as the chance of one run will have it, which the last layer makes good. Where nothing is frozen there is
-# less time to learn.
+# With more of the old filters kept the runs are too alike, the more so the longer the original was trained. With fewer, the
+# confidence in whole classes varies more from run to run, which the correction of the last layer reduces. Where nothing is
+# frozen there is less time to learn.
 KEPT = {True: 0.3, False: 0.6}  # by frozen
 FREEZE_AT = 0.2  # of the steps
 EARLY = 0.2  # in the first stage, which then has little time to learn, this part of as many filters is drawn afresh
@@ -376,10 +376,10 @@ def calibrate(net, members, aim: tuple[Tensor, Tensor], val_loader, forget_loade
     aim: what `confidences` says of the original, of the validation images.
 
     What is missing there in the mean of a class is added to each of its images, a `share` of it: the forget images, of which
-    the old filters know something, are more confident than validation images. In which classes one network is confident is
-    in part chance. Of this network, which learnt for a short time, more than of others: its classes are drawn together. Of
-    the original, too, the more so the fewer images show it: hence `prior`. A training that ends by knowing its images by
-    heart moves unseen ones apart: where the original's are clearly further apart than this network's, these are moved apart.
+    the old filters know something, are more confident than validation images. How confident one network is in a class is
+    partly chance. After a short training it is more so: this network's classes are drawn together first. It is so for the
+    original, the more the fewer its images: hence `prior`. A training that ends by knowing its images by heart moves unseen
+    ones apart: where the original's are clearly further apart than this network's, these are moved apart, too.
 
     Adding to each image keeps the spread over the runs, which scaling the layer up would widen.
     """
