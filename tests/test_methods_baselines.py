@@ -1,6 +1,7 @@
 """Each baseline does what defines it. What all methods have in common is in test_methods_contract.py."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -510,6 +511,7 @@ def test_shrink_perturb_learns_for_a_part_of_the_counted_steps(frozen):
 def test_shrink_perturb_keeps_as_much_however_many_steps_follow(monkeypatch, freeze):
     """Some more where nothing is frozen; a value that is given is taken."""
     seen = []
+    monkeypatch.setattr(shrink_perturb, "BY_HEART", 0)
     monkeypatch.setattr(shrink_perturb, "shrink_and_perturb", lambda net, kept, *_: seen.append(kept))
     monkeypatch.setattr(shrink_perturb, "learn", lambda *_: None)
     for steps in (1, 85, 100_000):
@@ -518,6 +520,20 @@ def test_shrink_perturb_keeps_as_much_however_many_steps_follow(monkeypatch, fre
             config = shrink_perturb.Config(kept=kept, calibrate=False, freeze=freeze)
             shrink_perturb.unlearning(resnet18(10, width=4), *loaders(), config)
     assert seen == [0.5 if freeze else 0.6, 0.25] * 3
+
+
+def test_shrink_perturb_keeps_more_of_what_is_known_by_heart(original):
+    """By how much more accurate the original is on the retain set than on the validation set."""
+
+    def said(right: int) -> shrink_perturb.Answers:
+        labels = torch.arange(10)
+        return shrink_perturb.Answers(
+            9 * F.one_hot((labels + (labels >= right)) % 10, 10)[None].double(), F.one_hot(labels, 10)
+        )
+
+    for learnt, unseen, kept in ((10, 10, 0.5), (10, 4, 0.8), (6, 5, 0.55), (4, 9, 0.5)):
+        training = shrink_perturb.as_trained(original, said(learnt), said(unseen), True, shrink_perturb.Config())
+        assert training.kept == pytest.approx(kept)
 
 
 def test_shrink_perturb_decays_weights_as_the_originals_were(original, monkeypatch):
@@ -550,7 +566,8 @@ def test_shrink_perturb_learns_as_the_original_did(original):
         return net
 
     def found(net: nn.Module, **values):
-        return tuple(shrink_perturb.as_trained(net, RETAIN, True, shrink_perturb.Config(**values))[:4])
+        said = shrink_perturb.answers(original, RETAIN)
+        return tuple(shrink_perturb.as_trained(net, said, said, True, shrink_perturb.Config(**values))[:4])
 
     assert found(after(1e-3, 1e-3)) == (True, 3e-4, 5e-3, 0.5)
     assert found(after(3e-2, 2e-2)) == (True, pytest.approx(2e-3), 5e-3, 0.5)
@@ -603,8 +620,9 @@ def test_shrink_perturb_sees_class_weights(weighted, counts):
     optimizer.step(loss)
     images = [{"image": point, "age_group": label} for point, label in zip(points, labels, strict=True)]
     with torch.no_grad():
-        found = shrink_perturb.class_weights(net, images)
-        assert shrink_perturb.class_weights(net, images[:600]) is None  # one class alone shows nothing
+        found = shrink_perturb.class_weights(shrink_perturb.answers(net, images))
+        one_class = shrink_perturb.answers(net, images[:600])
+        assert shrink_perturb.class_weights(one_class) is None  # one class alone shows nothing
     assert torch.equal(found, weights) if weighted else found is None
 
 
@@ -661,16 +679,28 @@ def test_shrink_perturb_freezes_the_first_stage_of_a_resnet(original, monkeypatc
 
 def seen_on_validation(net: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
     """(the mean confidence in each class [classes], its standard deviation within a class)."""
-    parts = shrink_perturb.classes(VALIDATION.age_group[None], 10)
-    means, spread = shrink_perturb.confidences(logits(net, VALIDATION).double()[None], *parts)
-    return means[0], spread[0]
+    said = shrink_perturb.answers(net, VALIDATION)
+    return said.class_means()[0], said.from_means()[0].square().mean().sqrt()
 
 
-def calibrated(net: nn.Module, means: torch.Tensor, forget: Examples, share: float = 1, spread: float = 0, **values):
-    """net, corrected after an original with these means and this spread (0: a smaller one than its own)."""
-    net, aim = copy.deepcopy(net), (means[None], torch.full((1,), float(spread)).double())
+def saying(margins: torch.Tensor, of_class: torch.Tensor) -> shrink_perturb.Answers:
+    """Answers of one network that have these margins [images]."""
+    return shrink_perturb.Answers(((margins + math.log(9))[:, None] * of_class)[None], of_class)
+
+
+def calibrated(
+    net: nn.Module, means: torch.Tensor, forget: Examples, share: float = 1, spread: float = 0, lead: float = 0, **values
+):
+    """net, corrected after an original with these means of the validation images' classes, and this spread, of which a part
+    is like net's own (0: a smaller one than its own); it was more confident on the retain set by `lead`."""
+    net, own = copy.deepcopy(net), shrink_perturb.answers(net, VALIDATION)
+    apart = torch.randn(len(VALIDATION), generator=torch.Generator().manual_seed(0)).double()
+    apart = saying(apart, own.of_class).from_means()[0]
+    apart *= spread / apart.square().mean().sqrt()
+    unseen = saying(means @ own.of_class.T + apart, own.of_class)
+    learnt = saying(unseen.margins()[0] + lead, own.of_class)
     config = shrink_perturb.Config(share=share, **values)
-    shrink_perturb.calibrate(net, [net], aim, DataLoader(VALIDATION, 8), DataLoader(forget, 8), config)
+    shrink_perturb.calibrate(net, [net], learnt, unseen, VALIDATION, forget, config)
     return net
 
 
@@ -717,7 +747,7 @@ def test_shrink_perturb_draws_its_classes_together(original):
 def test_shrink_perturb_moves_the_images_apart_as_the_original_does(original):
     """Up to a limit, and not closer together than they were. The mean confidence of a class stays where it is."""
     now, spread = seen_on_validation(original)
-    for times, found in ((0.1, 1), (1.5, 1.5 - shrink_perturb.CLEARLY), (100, shrink_perturb.MOST_SCALE)):
+    for times, found in ((0.1, 1), (1.4, 1.4**2 - shrink_perturb.CLEARLY), (100, shrink_perturb.MOST_SCALE)):
         net = calibrated(original, now, FORGET, spread=times * spread, prior=0, penalty=1e-6)
         assert torch.allclose(seen_on_validation(net)[0][THERE], now[THERE], atol=0.02)
         assert seen_on_validation(net)[1].item() == pytest.approx(found * spread.item(), rel=0.15)
@@ -738,8 +768,7 @@ def test_shrink_perturb_raises_every_image_alike(original):
     net = calibrated(original, now + missing, FORGET, prior=0, penalty=1e-6)
     assert torch.allclose(seen_on_validation(net)[0][THERE], (now + missing)[THERE], atol=0.02)
     assert seen_on_validation(net)[1].item() == pytest.approx(spread.item(), rel=0.01)
-    of_class, _ = shrink_perturb.classes(FORGET.age_group[None], 10)
-    before, after = (shrink_perturb.margins(logits(each, FORGET).double()[None], of_class)[0] for each in (original, net))
+    before, after = (shrink_perturb.answers(each, FORGET).margins()[0] for each in (original, net))
     known = torch.isin(FORGET.age_group, torch.tensor(THERE))
     assert torch.allclose((after - before)[known], missing[FORGET.age_group][known], atol=0.05)
 
@@ -767,3 +796,38 @@ def test_shrink_perturb_corrects_nothing_where_it_knows_nothing(original):
     forget.age_group.fill_(unknown)
     same = calibrated(original, seen_on_validation(original)[0] + 1, forget)
     assert torch.equal(same.fc.weight, original.fc.weight) and torch.equal(same.fc.bias, original.fc.bias)
+
+
+def test_shrink_perturb_moves_apart_what_imitates_the_original(original):
+    """The more like the original's the confidences are, the further apart the images are moved; and with them the runs."""
+    said = shrink_perturb.answers(original, VALIDATION)
+    now, spread = seen_on_validation(original)
+    found = {}
+    for like in (0, 0.9):
+        other = torch.randn(len(VALIDATION), generator=torch.Generator().manual_seed(1)).double()
+        other = saying(other, said.of_class).from_means()[0]
+        own = said.from_means()[0]
+        other -= own * (other * own).mean() / own.square().mean()
+        other *= own.norm() / other.norm()
+        unseen = saying(now @ said.of_class.T + like * own + (1 - like**2) ** 0.5 * other, said.of_class)
+        net = copy.deepcopy(original)
+        shrink_perturb.calibrate(
+            net, [net], unseen, unseen, VALIDATION, FORGET, shrink_perturb.Config(prior=0, classes_apart=1, penalty=1e-6)
+        )
+        found[like] = seen_on_validation(net)[1].item() / spread.item()
+    imitated = (0.9 - shrink_perturb.INDEPENDENT) / (1 - shrink_perturb.INDEPENDENT)
+    assert found[0] == pytest.approx(1, rel=0.05)
+    assert found[0.9] == pytest.approx(1 / (1 - imitated**2) - shrink_perturb.CLEARLY, rel=0.15)
+
+
+def test_shrink_perturb_takes_away_what_is_remembered(original):
+    """By how much forget images are more confident than validation images, and at most by a part of the original's lead."""
+    now, _ = seen_on_validation(original)
+    level = shrink_perturb.answers(original, FORGET).margins()[0]
+    known = torch.isin(FORGET.age_group, torch.tensor(THERE))
+    more = (level - now[FORGET.age_group])[known].mean().item()  # trained on them, it is more confident there
+    assert more > 0.5
+    for lead, lowered in ((0, 0), (more, shrink_perturb.LEAD * more), (100, more)):
+        net = calibrated(original, now, FORGET, lead=lead, classes_apart=1, prior=0, penalty=1e-6)
+        change = (shrink_perturb.answers(net, FORGET).margins()[0] - level)[known].mean().item()
+        assert change == pytest.approx(-lowered, abs=0.05)
