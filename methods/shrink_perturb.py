@@ -10,8 +10,8 @@ the original nor this network was trained on: there it is to become as confident
 mistakes. The last layer is corrected until each forget and validation image has nearly what its class lacks, and until the
 forget images are no more confident than validation images. The forget set is used for nothing else.
 
-An original that is more accurate on the retain set than on the validation set knows images by heart. Then more of it is kept,
-and the forget images are moved further apart: runs that begin with more in common are too alike.
+An original that is more accurate on the retain set than on the validation set knows images by heart. Then more of it is
+kept, and the forget images are moved further apart: runs that begin with more in common are too alike.
 
 No value has to be tuned to the data: how long to learn follows from the original's training steps, which batch norm counts,
 and the weight decay from the size of the original's weights. How far batch norm's biases moved shows whether Adam or SGD
