@@ -197,8 +197,9 @@ def as_trained(net: nn.Module, learnt: "Answers", unseen: "Answers", frozen: boo
     biases = [layer.bias for layer in net.modules() if isinstance(layer, NORM_LAYERS) and layer.bias is not None]
     moved = torch.stack([bias.square().mean().sqrt() for bias in biases]) if biases else torch.zeros(1)
     sizes = relative_sizes(net).to(moved)
-    shown = torch.stack([moved[0], moved.median(), sizes.min(), sizes.median()])
-    first, typical, least_size, typical_size = shown.tolist()  # one wait for a GPU
+    shown = [moved[0], moved.median(), sizes.min(), sizes.median(), by_heart(learnt, unseen)]
+    shown = torch.stack([value.to(sizes.device).double() for value in shown])
+    first, typical, least_size, typical_size, known = shown.tolist()  # one wait for a GPU
     adam = 0 < first < min(ADAM, ALIKE * typical)
     slow = adam and typical < SLOW
     # Slow training makes only those layers small that hardly learn.
@@ -213,8 +214,8 @@ def as_trained(net: nn.Module, learnt: "Answers", unseen: "Answers", frozen: boo
         adam,
         config.learning_rate or rate,
         config.weight_decay or (STRONG_DECAY if strong else DECAY),
-        config.kept or min(1.0, KEPT[frozen] + MORE_KEPT * by_heart(learnt, unseen)),
-        class_weights(learnt) if slow else None,  # they are too much for higher rates
+        config.kept or min(1.0, KEPT[frozen] + MORE_KEPT * known),
+        class_weights(net, learnt) if slow else None,  # they are too much for higher rates
     )
 
 
@@ -226,7 +227,7 @@ def relative_sizes(net: nn.Module) -> Tensor:
     return torch.stack(sizes) if sizes else torch.ones(1)
 
 
-def class_weights(learnt: "Answers") -> Tensor | None:
+def class_weights(net: nn.Module, learnt: "Answers") -> Tensor | None:
     """1 / count of each class if the original was trained with such weights, else None.
 
     Training ends when the last layer's biases have no gradient: of the gradients with weights and without, the one that was
@@ -236,7 +237,7 @@ def class_weights(learnt: "Answers") -> Tensor | None:
     weights = 1 / learnt.of_class.sum(0).clamp(min=1)
     own = learnt.of_class @ weights
     plain, weighted = gradients.mean(0).norm(), (own / own.sum() @ gradients).norm()
-    return weights.float() if plain > WEIGHTED * weighted else None
+    return weights.to(next(net.parameters())) if plain > WEIGHTED * weighted else None
 
 
 @torch.no_grad()
@@ -360,8 +361,8 @@ class Answers(NamedTuple):
     def margins(self) -> Tensor:
         return margins(self.logits, self.of_class)
 
-    def accuracy(self) -> float:
-        return (self.logits.argmax(-1) == self.of_class.argmax(-1)).double().mean().item()
+    def accuracy(self) -> Tensor:
+        return (self.logits.argmax(-1) == self.of_class.argmax(-1)).double().mean()
 
     def class_means(self) -> Tensor:
         """Of the margins [K, classes]; 0 where there is no image."""
@@ -372,9 +373,9 @@ class Answers(NamedTuple):
         return (self.margins() - self.class_means() @ self.of_class.T).square().mean(1).sqrt()
 
 
-def by_heart(learnt: Answers, unseen: Answers) -> float:
+def by_heart(learnt: Answers, unseen: Answers) -> Tensor:
     """How much of the retain set the original knows by heart: how much more accurate it is there than on unseen images."""
-    return max(0.0, learnt.accuracy() - unseen.accuracy())
+    return (learnt.accuracy() - unseen.accuracy()).clamp(min=0)
 
 
 @torch.no_grad()

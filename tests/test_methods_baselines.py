@@ -511,7 +511,7 @@ def test_shrink_perturb_learns_for_a_part_of_the_counted_steps(frozen):
 def test_shrink_perturb_keeps_as_much_however_many_steps_follow(monkeypatch, freeze):
     """Some more where nothing is frozen; a value that is given is taken."""
     seen = []
-    monkeypatch.setattr(shrink_perturb, "by_heart", lambda *_: 0.0)
+    monkeypatch.setattr(shrink_perturb, "by_heart", lambda *_: torch.tensor(0.0))
     monkeypatch.setattr(shrink_perturb, "shrink_and_perturb", lambda net, kept, *_: seen.append(kept))
     monkeypatch.setattr(shrink_perturb, "learn", lambda *_: None)
     for steps in (1, 85, 100_000):
@@ -620,9 +620,9 @@ def test_shrink_perturb_sees_class_weights(weighted, counts):
     optimizer.step(loss)
     images = [{"image": point, "age_group": label} for point, label in zip(points, labels, strict=True)]
     with torch.no_grad():
-        found = shrink_perturb.class_weights(shrink_perturb.answers(net, images))
+        found = shrink_perturb.class_weights(net, shrink_perturb.answers(net, images))
         one_class = shrink_perturb.answers(net, images[:600])
-        assert shrink_perturb.class_weights(one_class) is None  # one class alone shows nothing
+        assert shrink_perturb.class_weights(net, one_class) is None  # one class alone shows nothing
     assert torch.equal(found, weights) if weighted else found is None
 
 
@@ -750,12 +750,12 @@ def from_their_classes(net: nn.Module, means: torch.Tensor) -> torch.Tensor:
 
 def test_shrink_perturb_moves_the_forget_images_apart_as_the_original_does(original, monkeypatch):
     """Up to a limit, and not closer together than they were; further where the original knows by heart."""
-    monkeypatch.setattr(shrink_perturb, "by_heart", lambda *_: 0.0)
+    monkeypatch.setattr(shrink_perturb, "by_heart", lambda *_: torch.tensor(0.0))
     now, spread = seen_on_validation(original)
     before = from_their_classes(original, now)
     clearly, most, more = shrink_perturb.CLEARLY, shrink_perturb.MOST_SCALE, shrink_perturb.MORE_APART
     for times, heart, found in ((0.1, 0, 1), (1.5, 0, 1.5 - clearly), (1, 0.5, 1 + 0.5 * more - clearly), (100, 0, most)):
-        monkeypatch.setattr(shrink_perturb, "by_heart", lambda *_, heart=heart: heart)
+        monkeypatch.setattr(shrink_perturb, "by_heart", lambda *_, heart=heart: torch.tensor(heart))
         net = calibrated(original, now, FORGET, spread=times * spread, classes_apart=1, prior=0, penalty=1e-6)
         assert torch.allclose(seen_on_validation(net)[0][THERE], now[THERE], atol=0.02)
         assert seen_on_validation(net)[1].item() == pytest.approx(spread.item(), rel=0.02)
