@@ -80,7 +80,7 @@ class Config:
     momentum: float = 0.9  # of SGD, Nesterov's
     weight_decay: float = 0  # of SGD; 0: by the rule above
     calibrate: bool = True  # whether to set the confidence by the validation set
-    scale: float = 1.0  # times how far apart the images of a class are to be
+    scale: float = 1.0  # times how far apart the forget images of a class are to be
     share: float = 0.7  # of the confidence that is missing, to be made up
     classes_apart: float = 0.7  # times how far apart the mean confidences of the classes are, before that
     prior: float = 100  # a class with n validation images has n / (n + prior) of a say of its own, else that of all
