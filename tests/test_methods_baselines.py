@@ -750,7 +750,6 @@ def from_their_classes(net: nn.Module, means: torch.Tensor) -> torch.Tensor:
 
 def test_shrink_perturb_moves_the_forget_images_apart_as_the_original_does(original, monkeypatch):
     """Up to a limit, and not closer together than they were; further where the original knows by heart."""
-    monkeypatch.setattr(shrink_perturb, "by_heart", lambda *_: torch.tensor(0.0))
     now, spread = seen_on_validation(original)
     before = from_their_classes(original, now)
     clearly, most, more = shrink_perturb.CLEARLY, shrink_perturb.MOST_SCALE, shrink_perturb.MORE_APART
