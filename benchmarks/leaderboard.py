@@ -200,6 +200,8 @@ def write(args) -> None:
                 print(f"left out: {problem}", file=sys.stderr, flush=True)
                 diverged[method.name] = evaluation.split
         scored = [summaries[method.name][-1] for method in methods if method.name not in diverged]
+        if not scored:
+            raise Problem(f"there is nothing to rank: every method diverges ({', '.join(diverged)})")
         tables.append(forget_sets.per_set(scored, evaluation.ceiling()))
         pools = [evaluation.retrained(), *(evaluation.unlearned(one) for one in methods if one.name not in diverged)]
         minutes += sum(pool.load(range(args.runs))["seconds"].sum().item() for pool in pools) / 60

@@ -178,6 +178,48 @@ def counted_steps(net: nn.Module) -> int:
     return next((counter.item() for counter in counters), 0)
 
 
+class Answers(NamedTuple):
+    """What K networks say of some images."""
+
+    logits: Tensor  # [K, images, classes], double
+    of_class: Tensor  # 1 for the class that an image is of, else 0 [images, classes]
+
+    def margins(self) -> Tensor:
+        return margins(self.logits, self.of_class)
+
+    def accuracy(self) -> Tensor:
+        return (self.logits.argmax(-1) == self.of_class.argmax(-1)).double().mean()
+
+    def class_means(self) -> Tensor:
+        """Of the margins [K, classes]; 0 where there is no image."""
+        return self.margins() @ (self.of_class / self.of_class.sum(0).clamp(min=1))
+
+    def spread(self) -> Tensor:
+        """The standard deviation of the margins around the means of their classes [K]."""
+        return (self.margins() - self.class_means() @ self.of_class.T).square().mean(1).sqrt()
+
+
+def by_heart(learnt: Answers, unseen: Answers) -> Tensor:
+    """How much of the retain set the original knows by heart: how much more accurate it is there than on unseen images."""
+    return (learnt.accuracy() - unseen.accuracy()).clamp(min=0)
+
+
+@torch.no_grad()
+def answers(net: nn.Module, images, count: int = 1, most: int = MOST_IMAGES) -> Answers:
+    """What `count` networks, trained as one, say of a data set, or of `most` images spread over it, in its order."""
+    like = next(net.parameters())
+    net.eval()
+    read = getattr(images, "batch", lambda rows: torch.utils.data.default_collate([images[row] for row in rows.tolist()]))
+    logits, labels = [], []
+    for rows in torch.arange(0, len(images), math.ceil(len(images) / most)).split(64):
+        batch = read(rows)
+        given = net(torch.cat([batch["image"].to(like)] * count))
+        logits.append(given.double().unflatten(0, (count, -1)))
+        labels.append(batch["age_group"].to(like.device))
+    logits = torch.cat(logits, 1)
+    return Answers(logits, F.one_hot(torch.cat(labels), logits.shape[-1]).double())
+
+
 class Training(NamedTuple):
     """How to learn, as far as possible as the original did."""
 
@@ -189,7 +231,7 @@ class Training(NamedTuple):
 
 
 @torch.no_grad()
-def as_trained(net: nn.Module, learnt: "Answers", unseen: "Answers", frozen: bool, config: Config) -> Training:
+def as_trained(net: nn.Module, learnt: Answers, unseen: Answers, frozen: bool, config: Config) -> Training:
     """What the original shows of its training, and how to learn then.
 
     learnt, unseen: what it says of some retain images, and of the validation images.
@@ -227,7 +269,7 @@ def relative_sizes(net: nn.Module) -> Tensor:
     return torch.stack(sizes) if sizes else torch.ones(1)
 
 
-def class_weights(net: nn.Module, learnt: "Answers") -> Tensor | None:
+def class_weights(net: nn.Module, learnt: Answers) -> Tensor | None:
     """1 / count of each class if the original was trained with such weights, else None.
 
     Training ends when the last layer's biases have no gradient: of the gradients with weights and without, the one that was
@@ -350,48 +392,6 @@ def shuffled(kept: list[tuple[Tensor, Tensor]], batch_size: int, generators):
         ]
         for chosen in zip(*(order.split(batch_size) for order in orders)):
             yield tuple(torch.cat([own[k][rows] for own, rows in zip(kept, chosen)]) for k in (0, 1))
-
-
-class Answers(NamedTuple):
-    """What K networks say of some images."""
-
-    logits: Tensor  # [K, images, classes], double
-    of_class: Tensor  # 1 for the class that an image is of, else 0 [images, classes]
-
-    def margins(self) -> Tensor:
-        return margins(self.logits, self.of_class)
-
-    def accuracy(self) -> Tensor:
-        return (self.logits.argmax(-1) == self.of_class.argmax(-1)).double().mean()
-
-    def class_means(self) -> Tensor:
-        """Of the margins [K, classes]; 0 where there is no image."""
-        return self.margins() @ (self.of_class / self.of_class.sum(0).clamp(min=1))
-
-    def spread(self) -> Tensor:
-        """The standard deviation of the margins around the means of their classes [K]."""
-        return (self.margins() - self.class_means() @ self.of_class.T).square().mean(1).sqrt()
-
-
-def by_heart(learnt: Answers, unseen: Answers) -> Tensor:
-    """How much of the retain set the original knows by heart: how much more accurate it is there than on unseen images."""
-    return (learnt.accuracy() - unseen.accuracy()).clamp(min=0)
-
-
-@torch.no_grad()
-def answers(net: nn.Module, images, count: int = 1, most: int = MOST_IMAGES) -> Answers:
-    """What `count` networks, trained as one, say of a data set, or of `most` images spread over it, in its order."""
-    like = next(net.parameters())
-    net.eval()
-    read = getattr(images, "batch", lambda rows: torch.utils.data.default_collate([images[row] for row in rows.tolist()]))
-    logits, labels = [], []
-    for rows in torch.arange(0, len(images), math.ceil(len(images) / most)).split(64):
-        batch = read(rows)
-        given = net(torch.cat([batch["image"].to(like)] * count))
-        logits.append(given.double().unflatten(0, (count, -1)))
-        labels.append(batch["age_group"].to(like.device))
-    logits = torch.cat(logits, 1)
-    return Answers(logits, F.one_hot(torch.cat(labels), logits.shape[-1]).double())
 
 
 @torch.no_grad()

@@ -181,6 +181,8 @@ def test_a_method_that_diverges_is_left_out_and_not_run_again(data, results, mon
     assert asked == ["private"] and said.err.count("left out: negrad.py: run 0: NaN") == 1
     assert "negrad is left out: it diverges on private." in said.out
     assert not (pd.read_csv(results / "small_digits" / "published.csv").method == "negrad").any()
+    assert leaderboard.main(["negrad", "--published", *where]) == 1
+    assert capsys.readouterr().err.endswith("nothing to rank: every method diverges (negrad)\n")
 
 
 def test_unequal_budgets_are_refused_before_any_work(arguments, tmp_path, monkeypatch, capsys):
