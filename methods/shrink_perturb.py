@@ -60,7 +60,6 @@ SLOW = 0.033  # below it Adam was slow, as the competition's: class weights are 
 WEIGHTED = 3  # times the gradient with class weights: see class_weights
 CLEARLY, MOST_SCALE = 0.1, 2.5  # forget images are moved apart by what exceeds this part, at most so far
 MORE_APART = 0.8  # and by so many times what is known by heart: there the runs are too alike (CIFAR-10: 0.75 of the spread)
-LEAD = 0.5  # at most this part of the original's lead in confidence on what it was trained on is taken for memory
 MOST_IMAGES = 4000  # of the forget and of the validation set, to which the last layer is fitted
 MOST_RETAIN = 1000  # that the original is asked about
 STEPS = 8  # of that fit
@@ -408,8 +407,8 @@ def calibrate(net, members, learnt: Answers, unseen: Answers, val_images, forget
     Two things more are wanted of the forget images alone. A training that ends by knowing its images by heart moves unseen
     ones apart: where the original's validation images are clearly further apart than this network's, the forget images are
     moved apart, too. And what this network still remembers of them is taken away: by how much they are more confident than
-    validation images of the same classes. More than LEAD times what the original remembers it cannot be: such forget images
-    are only easier.
+    validation images of the same classes. It cannot be more than the original's lead in confidence on the retain set, times
+    how much of that is known by heart: what exceeds it are forget images that are only easier.
 
     Adding to each image keeps the spread over the runs, which scaling the layer up would widen.
     """
@@ -429,10 +428,11 @@ def calibrate(net, members, learnt: Answers, unseen: Answers, val_images, forget
     common = (missing @ weight)[:, None]
     raised = drawn + config.share * (common + images / (images + config.prior).clamp(min=1e-9) * (missing - common))
 
-    apart = unseen.spread() / known.spread().clamp(min=1e-9) + MORE_APART * by_heart(learnt, unseen) - CLEARLY
+    learnt_by_heart = by_heart(learnt, unseen)
+    apart = unseen.spread() / known.spread().clamp(min=1e-9) + MORE_APART * learnt_by_heart - CLEARLY
     apart = config.scale * apart.clamp(1, MOST_SCALE)
     lead = (learnt.margins().mean() - unseen.margins().mean()).clamp(min=0)
-    memory = ((forget.class_means() - own) @ weight).clamp(min=0).minimum(LEAD * lead)
+    memory = ((forget.class_means() - own) @ weight).clamp(min=0).minimum(learnt_by_heart * lead)
     from_means = (forget.margins() - own @ forget.of_class.T) * (forget.of_class @ seen)
     moved = (apart[:, None] - 1) * from_means - memory[:, None]
 

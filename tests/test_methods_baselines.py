@@ -805,12 +805,14 @@ def test_shrink_perturb_corrects_nothing_where_it_knows_nothing(original):
     assert torch.equal(same.fc.weight, original.fc.weight) and torch.equal(same.fc.bias, original.fc.bias)
 
 
-def test_shrink_perturb_takes_away_what_is_remembered(original):
-    """By how much forget images are more confident than validation images, and at most by a part of the original's lead."""
+def test_shrink_perturb_takes_away_what_is_remembered(original, monkeypatch):
+    """By how much forget images are more confident than validation images; at most the original's lead times what it knows
+    by heart."""
     now, _ = seen_on_validation(original)
     more = from_their_classes(original, now).mean().item()  # trained on them, it is more confident there
     assert more > 0.5
-    for lead, lowered in ((0, 0), (more, shrink_perturb.LEAD * more), (100, more)):
+    for heart, lead, lowered in ((0.5, 0, 0), (0, 100, 0), (0.5, more, 0.5 * more), (0.5, 100, more)):
+        monkeypatch.setattr(shrink_perturb, "by_heart", lambda *_, heart=heart: torch.tensor(heart))
         net = calibrated(original, now, FORGET, lead=lead, classes_apart=1, prior=0, penalty=1e-6)
         assert torch.allclose(seen_on_validation(net)[0][THERE], now[THERE], atol=0.02)
         assert torch.allclose(from_their_classes(net, now), from_their_classes(original, now) - lowered, atol=0.1)
