@@ -7,11 +7,12 @@ stop learning early (Brock et al., https://arxiv.org/abs/1706.04983). docs/exper
 The old filters make learning faster than from scratch, and are too few to remember single images. Still, a network that
 learnt for a fifth of the time is less confident than a retrained one. How much is seen on the validation set, which neither
 the original nor this network was trained on: there it is to become as confident as the original, and no less sure of its
-mistakes. The last layer is corrected until each forget and validation image has nearly what its class lacks, and until the
-forget images are no more confident than validation images. The forget set is used for nothing else.
+mistakes. The last layer is corrected until each forget and validation image has nearly what its class lacks. The forget set
+is used for nothing else.
 
 An original that is more accurate on the retain set than on the validation set knows images by heart. Then more of it is
-kept, and the forget images are moved further apart: runs that begin with more in common are too alike.
+kept. The forget images are moved further apart, as runs that begin with more in common are too alike, and are made less
+confident, by what is still remembered of them.
 
 No value has to be tuned to the data: how long to learn follows from the original's training steps, which batch norm counts,
 and the weight decay from the size of the original's weights. How far batch norm's biases moved shows whether Adam or SGD
