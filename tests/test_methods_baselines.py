@@ -21,6 +21,7 @@ from method_helpers import (
     rates,
     unlearned,
 )
+from sklearn.kernel_ridge import KernelRidge
 from torch import nn
 from torch.nn import functional as F
 from torch.optim.optimizer import register_optimizer_step_post_hook
@@ -689,16 +690,23 @@ def saying(margins: torch.Tensor, of_class: torch.Tensor) -> shrink_perturb.Answ
 
 
 def calibrated(
-    net: nn.Module, means: torch.Tensor, forget: Examples, share: float = 1, spread: float = 0, lead: float = 0, **values
+    net: nn.Module,
+    means: torch.Tensor,
+    forget: Examples,
+    share: float = 1,
+    spread: float = 0,
+    lead: float = 0,
+    chance: torch.Tensor | float = 0.0,
+    **values,
 ):
     """net, corrected after an original with these means of the validation images' classes, and this spread (0: a smaller
-    one than its own), which was more confident on the retain set by `lead`."""
+    one than its own), which was more confident on the retain set by `lead` and in each forget image by `chance`."""
     net, own = copy.deepcopy(net), shrink_perturb.answers(net, VALIDATION)
     apart = own.margins()[0] - own.class_means()[0] @ own.of_class.T
     unseen = saying(means @ own.of_class.T + apart * spread / own.spread(), own.of_class)
     learnt = saying(unseen.margins()[0] + lead, own.of_class)
     config = shrink_perturb.Config(share=share, **values)
-    shrink_perturb.calibrate(net, [net], learnt, unseen, VALIDATION, forget, config)
+    shrink_perturb.calibrate(net, [net], learnt, unseen, torch.as_tensor(chance), VALIDATION, forget, config)
     return net
 
 
@@ -816,3 +824,54 @@ def test_shrink_perturb_takes_away_what_is_remembered(original, monkeypatch):
         net = calibrated(original, now, FORGET, lead=lead, classes_apart=1, prior=0, penalty=1e-6)
         assert torch.allclose(seen_on_validation(net)[0][THERE], now[THERE], atol=0.02)
         assert torch.allclose(from_their_classes(net, now), from_their_classes(original, now) - lowered, atol=0.1)
+
+
+def test_shrink_perturb_takes_away_the_chance_of_the_original(original):
+    """A part of it, in each forget image; the validation images stay what they are."""
+    now, _ = seen_on_validation(original)
+    chance = torch.linspace(-4, 4, len(FORGET)).double()
+    net = calibrated(original, now, FORGET, chance=chance, classes_apart=1, prior=0, penalty=1e-6)
+    assert torch.allclose(seen_on_validation(net)[0][THERE], now[THERE], atol=0.02)
+    lowered = from_their_classes(original, now) - from_their_classes(net, now)
+    assert torch.allclose(lowered, shrink_perturb.INHERITED * chance[KNOWN], atol=0.1)
+
+
+class Saying(nn.Module):
+    """Says of `images`, and of no others, that they have these margins."""
+
+    def __init__(self, images: Examples, margins: torch.Tensor):
+        super().__init__()
+        self.like = nn.Parameter(torch.zeros(1))
+        self.images, self.said = images, saying(margins, F.one_hot(images.age_group, 10).double()).logits[0]
+
+    def forward(self, given):
+        which = (given[:, None] == self.images.images.to(given)[None]).flatten(2).all(2).double()
+        assert (which.sum(1) == 1).all()
+        return (which @ self.said).to(given)
+
+
+def test_shrink_perturb_finds_the_chance_of_the_original():
+    """What a class and the pixels do not explain of its confidence; scikit-learn's regression is another judge of these."""
+    retain, forget = examples(200, 5), examples(60, 6)
+    pixels = [part.images.flatten(1).double() for part in (retain, forget)]
+    of_class = [F.one_hot(part.age_group, 10).double() for part in (retain, forget)]
+    gamma = 1 / (2 * torch.cdist(pixels[0], pixels[0]).square().mean().item())
+    fitted = KernelRidge(alpha=shrink_perturb.RIDGE, kernel="rbf", gamma=gamma).fit(pixels[0], of_class[0])
+    explained = shrink_perturb.Answers(torch.from_numpy(fitted.predict(pixels[1]))[None], of_class[1])
+    easy = explained.within_class()[0]
+    other = torch.randn(60, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    other = shrink_perturb.Answers(saying(other, of_class[1]).logits, of_class[1]).within_class()[0]
+    other -= (other @ easy) / (easy @ easy) * easy
+    classes = torch.linspace(-3, 3, 10).double()[forget.age_group]
+    learnt = saying(torch.zeros(200).double(), of_class[0])
+    for explained_part, own in ((0, 0), (5, 0), (-5, 1), (0, 1)):
+        net = Saying(forget, classes + explained_part * easy + own * other)
+        found = shrink_perturb.own_chance(net, learnt, retain, forget)
+        assert torch.allclose(found, own * other, atol=0.02)
+
+
+def test_shrink_perturb_tells_difficulty_by_small_images():
+    large, small = examples(5, 7, side=32), examples(5, 7)
+    means = F.avg_pool2d(large.images.float(), 2).flatten(1)
+    assert torch.allclose(shrink_perturb.pixels(large, 10), means, rtol=1e-4)
+    assert torch.equal(shrink_perturb.pixels(small, 10), small.images.float().flatten(1))
