@@ -439,7 +439,9 @@ def shuffled(kept: list[tuple[Tensor, Tensor]], batch_size: int, generators):
 
 
 @torch.no_grad()
-def calibrate(net, members, learnt, unseen, chance: Tensor, val_images, forget_images, config: Config) -> None:
+def calibrate(
+    net, members, learnt: Answers, unseen: Answers, chance: Tensor, val_images, forget_images, config: Config
+) -> None:
     """Correct the last layer until forget and validation images are as confident as networks that never saw them.
 
     learnt, unseen: what the original says of some retain images, and of the validation images; chance: see own_chance.
@@ -453,8 +455,8 @@ def calibrate(net, members, learnt, unseen, chance: Tensor, val_images, forget_i
     ones apart: where the original's validation images are clearly further apart than this network's, the forget images are
     moved apart, too. What this network still remembers of them is taken away: by how much they are more confident than
     validation images of the same classes. It cannot be more than the original's lead in confidence on the retain set, times
-    how much of that is known by heart: what exceeds it are forget images that are only easier. Taken away is, too, what this
-    network has of the original's own chance in each image.
+    how much of that is known by heart: what exceeds it are forget images that are only easier. A part of the original's own
+    chance in each image is taken away as well.
 
     Adding to each image keeps the spread over the runs, which scaling the layer up would widen.
     """
