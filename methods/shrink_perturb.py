@@ -8,7 +8,7 @@ The old filters make learning faster than from scratch, and are too few to remem
 learnt for a fifth of the time is less confident than a retrained one. How much is seen on the validation set, which neither
 the original nor this network was trained on: there it is to become as confident as the original, and no less sure of its
 mistakes. The last layer is corrected until each forget and validation image has nearly what its class lacks. The forget set
-is used for nothing else.
+is used for this correction alone.
 
 Another training of the original would be surer of some images and less sure of others. That is its own chance, and a part of
 it comes along with the filters that are kept. What a regression on the pixels of the retain set does not explain of the
@@ -65,12 +65,12 @@ SLOW = 0.033  # below it Adam was slow, as the competition's: class weights are 
 WEIGHTED = 3  # times the gradient with class weights: see class_weights
 CLEARLY, MOST_SCALE = 0.1, 2.5  # forget images are moved apart by what exceeds this part, at most so far
 MORE_APART = 0.8  # and by so many times what is known by heart: there the runs are too alike (CIFAR-10: 0.75 of the spread)
+MOST_RETAIN = 1000  # that the original is asked about, and whose pixels tell difficulty
 MOST_IMAGES = 4000  # of the forget and of the validation set, to which the last layer is fitted
-MOST_RETAIN = 1000  # that the original is asked about
+STEPS = 8  # of that fit
 INHERITED = 0.2  # of the original's own chance in a forget image; 0.05 to 0.3 on digits, clothes and CIFAR-10
 SIDE = 16  # pixels of the images, at most, by which difficulty is told
-RIDGE = 0.01  # of that regression
-STEPS = 8  # of that fit
+RIDGE = 0.01  # of the regression on them
 MOST_BYTES = 2**30  # of the first stage's outputs for all images; where they take more it is not frozen
 
 

@@ -702,8 +702,7 @@ def calibrated(
     """net, corrected after an original with these means of the validation images' classes, and this spread (0: a smaller
     one than its own), which was more confident on the retain set by `lead` and in each forget image by `chance`."""
     net, own = copy.deepcopy(net), shrink_perturb.answers(net, VALIDATION)
-    apart = own.margins()[0] - own.class_means()[0] @ own.of_class.T
-    unseen = saying(means @ own.of_class.T + apart * spread / own.spread(), own.of_class)
+    unseen = saying(means @ own.of_class.T + own.within_class()[0] * spread / own.spread(), own.of_class)
     learnt = saying(unseen.margins()[0] + lead, own.of_class)
     config = shrink_perturb.Config(share=share, **values)
     shrink_perturb.calibrate(net, [net], learnt, unseen, torch.as_tensor(chance), VALIDATION, forget, config)
