@@ -699,10 +699,10 @@ def calibrated(
     chance: torch.Tensor | float = 0.0,
     **values,
 ):
-    """net, corrected after an original with these means of the validation images' classes, and this spread (0: a smaller
-    one than its own), which was more confident on the retain set by `lead` and in each forget image by `chance`."""
+    """net, corrected after an original with these means of the validation images' classes, and this spread (0: its own),
+    which was more confident on the retain set by `lead` and in each forget image by `chance`."""
     net, own = copy.deepcopy(net), shrink_perturb.answers(net, VALIDATION)
-    unseen = saying(means @ own.of_class.T + own.within_class()[0] * spread / own.spread(), own.of_class)
+    unseen = saying(means @ own.of_class.T + own.within_class()[0] * (spread / own.spread() if spread else 1), own.of_class)
     learnt = saying(unseen.margins()[0] + lead, own.of_class)
     config = shrink_perturb.Config(share=share, **values)
     shrink_perturb.calibrate(net, [net], learnt, unseen, torch.as_tensor(chance), VALIDATION, forget, config)
@@ -756,24 +756,31 @@ def from_their_classes(net: nn.Module, means: torch.Tensor) -> torch.Tensor:
 
 
 def test_shrink_perturb_moves_the_forget_images_apart_as_the_original_does(original, monkeypatch):
-    """Up to a limit, and not closer together than they were; further where the original knows by heart."""
+    """Within limits, together only if the network's validation images are clearly further apart than the original's, and
+    further apart where that knows by heart. The mean confidence of a class stays where it is."""
     now, spread = seen_on_validation(original)
-    before = from_their_classes(original, now)
-    clearly, most, more = shrink_perturb.CLEARLY, shrink_perturb.MOST_SCALE, shrink_perturb.MORE_APART
-    for times, heart, found in ((0.1, 0, 1), (1.5, 0, 1.5 - clearly), (1, 0.5, 1 + 0.5 * more - clearly), (100, 0, most)):
+    before = shrink_perturb.answers(original, FORGET)
+    clearly, more = shrink_perturb.CLEARLY, shrink_perturb.MORE_APART
+    least, most = shrink_perturb.LEAST_SCALE, shrink_perturb.MOST_SCALE
+    cases = ((0.01, 0, least), (0.5, 0, 0.5 + clearly), (1 - clearly, 0, 1), (1, 0, 1), (1.5, 0, 1.5), (100, 0, most))
+    for times, heart, found in (*cases, (1, 0.5, 1 + 0.5 * more), (0.5, 1, 0.5 + more)):
         monkeypatch.setattr(shrink_perturb, "by_heart", lambda *_, heart=heart: torch.tensor(heart))
         net = calibrated(original, now, FORGET, spread=times * spread, classes_apart=1, prior=0, penalty=1e-6)
         assert torch.allclose(seen_on_validation(net)[0][THERE], now[THERE], atol=0.02)
         assert seen_on_validation(net)[1].item() == pytest.approx(spread.item(), rel=0.02)
-        assert torch.allclose(from_their_classes(net, now), found * before, atol=0.1)
+        after = shrink_perturb.answers(net, FORGET)
+        assert torch.allclose(after.class_means()[0][THERE], before.class_means()[0][THERE], atol=0.05)
+        assert torch.allclose(after.within_class()[0][KNOWN], found * before.within_class()[0][KNOWN], atol=0.1)
 
 
 def test_shrink_perturb_brings_the_forget_images_closer_together(original):
     """A smaller scale leaves the mean confidence of a class where it is, and the images of the class less far apart."""
     now, _ = seen_on_validation(original)
-    near = calibrated(original, now, FORGET, scale=0.5, classes_apart=1, prior=0, penalty=1e-6)
-    assert torch.allclose(seen_on_validation(near)[0][THERE], now[THERE], atol=0.02)
-    assert torch.allclose(from_their_classes(near, now), from_their_classes(original, now) / 2, atol=0.1)
+    net = calibrated(original, now, FORGET, scale=0.5, classes_apart=1, prior=0, penalty=1e-6)
+    assert torch.allclose(seen_on_validation(net)[0][THERE], now[THERE], atol=0.02)
+    before, after = (shrink_perturb.answers(each, FORGET) for each in (original, net))
+    assert torch.allclose(after.class_means()[0][THERE], before.class_means()[0][THERE], atol=0.05)
+    assert torch.allclose(after.within_class()[0][KNOWN], before.within_class()[0][KNOWN] / 2, atol=0.1)
 
 
 def test_shrink_perturb_raises_every_image_alike(original):
@@ -815,12 +822,13 @@ def test_shrink_perturb_corrects_nothing_where_it_knows_nothing(original):
 def test_shrink_perturb_takes_away_what_is_remembered(original, monkeypatch):
     """By how much forget images are more confident than validation images; at most the original's lead times what it knows
     by heart."""
-    now, _ = seen_on_validation(original)
+    now, spread = seen_on_validation(original)
     more = from_their_classes(original, now).mean().item()  # trained on them, it is more confident there
     assert more > 0.5
     for heart, lead, lowered in ((0.5, 0, 0), (0, 100, 0), (0.5, more, 0.5 * more), (0.5, 100, more)):
         monkeypatch.setattr(shrink_perturb, "by_heart", lambda *_, heart=heart: torch.tensor(heart))
-        net = calibrated(original, now, FORGET, lead=lead, classes_apart=1, prior=0, penalty=1e-6)
+        as_far = (1 - heart * shrink_perturb.MORE_APART) * spread  # nothing is moved apart
+        net = calibrated(original, now, FORGET, lead=lead, spread=as_far, classes_apart=1, prior=0, penalty=1e-6)
         assert torch.allclose(seen_on_validation(net)[0][THERE], now[THERE], atol=0.02)
         assert torch.allclose(from_their_classes(net, now), from_their_classes(original, now) - lowered, atol=0.1)
 
