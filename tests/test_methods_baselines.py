@@ -755,32 +755,33 @@ def from_their_classes(net: nn.Module, means: torch.Tensor) -> torch.Tensor:
     return (shrink_perturb.answers(net, FORGET).margins()[0] - means[FORGET.age_group])[KNOWN]
 
 
+def assert_scaled_within_classes(net: nn.Module, old: nn.Module, times: float) -> None:
+    """The forget images of a class are `times` as far from its mean; neither that nor the validation images' has moved."""
+    assert torch.allclose(seen_on_validation(net)[0][THERE], seen_on_validation(old)[0][THERE], atol=0.02)
+    before, after = (shrink_perturb.answers(each, FORGET) for each in (old, net))
+    assert torch.allclose(after.class_means()[0][THERE], before.class_means()[0][THERE], atol=0.05)
+    assert torch.allclose(after.within_class()[0][KNOWN], times * before.within_class()[0][KNOWN], atol=0.1)
+
+
 def test_shrink_perturb_moves_the_forget_images_apart_as_the_original_does(original, monkeypatch):
     """Within limits, together only if the network's validation images are clearly further apart than the original's, and
     further apart where that knows by heart. The mean confidence of a class stays where it is."""
     now, spread = seen_on_validation(original)
-    before = shrink_perturb.answers(original, FORGET)
     clearly, more = shrink_perturb.CLEARLY, shrink_perturb.MORE_APART
     least, most = shrink_perturb.LEAST_SCALE, shrink_perturb.MOST_SCALE
     cases = ((0.01, 0, least), (0.5, 0, 0.5 + clearly), (1 - clearly, 0, 1), (1, 0, 1), (1.5, 0, 1.5), (100, 0, most))
     for times, heart, found in (*cases, (1, 0.5, 1 + 0.5 * more), (0.5, 1, 0.5 + more)):
         monkeypatch.setattr(shrink_perturb, "by_heart", lambda *_, heart=heart: torch.tensor(heart))
         net = calibrated(original, now, FORGET, spread=times * spread, classes_apart=1, prior=0, penalty=1e-6)
-        assert torch.allclose(seen_on_validation(net)[0][THERE], now[THERE], atol=0.02)
         assert seen_on_validation(net)[1].item() == pytest.approx(spread.item(), rel=0.02)
-        after = shrink_perturb.answers(net, FORGET)
-        assert torch.allclose(after.class_means()[0][THERE], before.class_means()[0][THERE], atol=0.05)
-        assert torch.allclose(after.within_class()[0][KNOWN], found * before.within_class()[0][KNOWN], atol=0.1)
+        assert_scaled_within_classes(net, original, found)
 
 
 def test_shrink_perturb_brings_the_forget_images_closer_together(original):
     """A smaller scale leaves the mean confidence of a class where it is, and the images of the class less far apart."""
     now, _ = seen_on_validation(original)
     net = calibrated(original, now, FORGET, scale=0.5, classes_apart=1, prior=0, penalty=1e-6)
-    assert torch.allclose(seen_on_validation(net)[0][THERE], now[THERE], atol=0.02)
-    before, after = (shrink_perturb.answers(each, FORGET) for each in (original, net))
-    assert torch.allclose(after.class_means()[0][THERE], before.class_means()[0][THERE], atol=0.05)
-    assert torch.allclose(after.within_class()[0][KNOWN], before.within_class()[0][KNOWN] / 2, atol=0.1)
+    assert_scaled_within_classes(net, original, 0.5)
 
 
 def test_shrink_perturb_raises_every_image_alike(original):
